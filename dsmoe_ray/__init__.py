@@ -1,0 +1,1 @@
+"""Dense training and sparse inference of mixture-of-experts language models on Ray."""

@@ -1,0 +1,1 @@
+"""Measured ratios against named baselines, side by side in one run."""

@@ -1,0 +1,1 @@
+"""Text to memory-mapped token shards, read in a deterministic, resumable order. Knows no model."""

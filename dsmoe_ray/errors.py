@@ -1,0 +1,37 @@
+"""Every exception raised on purpose.
+
+``UserError`` and its children mean that a person gave us something we cannot use: the command line prints the message
+without a traceback and exits with 2. Messages say what was found, what is allowed and what to change.
+"""
+
+
+class DsmoeError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class UserError(DsmoeError):
+    """A person's mistake; the message is all they need to see."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work."""
+
+
+class DataError(UserError):
+    """Training or evaluation data that cannot be used."""
+
+
+class ArtifactError(UserError):
+    """A published model that is missing, damaged or of an unknown format."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged or does not fit the run."""
+
+
+class ExchangeError(DsmoeError):
+    """A collective failed because a peer is dead, hung or unreachable."""
+
+
+class TrainingError(DsmoeError):
+    """A run that cannot go on, for a reason found while training."""

@@ -1,0 +1,1 @@
+"""The sparse inference engine. Knows no Ray and no network."""

@@ -1,0 +1,175 @@
+"""Sizes of the model and settings of its routers. Pure data: imports no torch."""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from dsmoe_ray.config_io import Config
+
+
+class RoutingMode(StrEnum):
+    """How the experts of a token are chosen from its router probabilities."""
+
+    DENSE = "dense"
+    TOP_K = "top_k"
+    THRESHOLD = "threshold"
+    THRESHOLD_TOP_K = "threshold_top_k"
+    TOP_P = "top_p"
+
+
+class RoutingConfig(Config):
+    """Which experts of a mixture a token uses."""
+
+    mode: RoutingMode = RoutingMode.DENSE
+    top_k: PositiveInt | None = None
+    """For ``top_k``: experts kept per token."""
+    threshold: NonNegativeFloat | None = None
+    """For ``threshold`` and ``threshold_top_k``: keep experts with ``num_experts * probability > threshold``."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """For ``top_p``: keep the fewest experts whose probabilities reach this sum."""
+
+    @model_validator(mode="after")
+    def _has_what_its_mode_needs(self) -> Self:
+        needs = {
+            RoutingMode.DENSE: None,
+            RoutingMode.TOP_K: "top_k",
+            RoutingMode.THRESHOLD: "threshold",
+            RoutingMode.THRESHOLD_TOP_K: "threshold",
+            RoutingMode.TOP_P: "top_p",
+        }[self.mode]
+        for name in ("top_k", "threshold", "top_p"):
+            value = getattr(self, name)
+            if name == needs and value is None:
+                raise ValueError(f"routing mode {self.mode.value!r} needs {name}; add it")
+            if name != needs and value is not None:
+                raise ValueError(f"routing mode {self.mode.value!r} does not use {name}={value}; remove it")
+        return self
+
+    def check_against(self, num_experts: int) -> None:
+        """Raise ``ValueError`` if this choice is impossible among ``num_experts``."""
+        if self.top_k is not None and self.top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts; got top_k={self.top_k}, num_experts={num_experts}")
+
+
+class RouterConfig(Config):
+    """How a mixture scores its experts and weighs those it keeps."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    d_hidden: PositiveInt | None = None
+    """Width of the MLP router's hidden layer; the paper's parameter counts fit 512."""
+    gates: Literal["raw", "renormalized"] = "raw"
+    """``raw`` keeps the probabilities of the kept experts as they are; ``renormalized`` makes them sum to one."""
+    gate_scale: PositiveFloat = 1.0
+    """Constant factor on every gate; ``num_experts`` starts a mixture at a dense layer's output scale."""
+    inference: RoutingConfig = RoutingConfig()
+    """What the published model runs with unless told otherwise."""
+
+    @model_validator(mode="after")
+    def _hidden_width_fits_the_kind(self) -> Self:
+        if (self.kind == "mlp") != (self.d_hidden is not None):
+            raise ValueError(f"d_hidden goes with kind 'mlp' only; got kind={self.kind!r}, d_hidden={self.d_hidden}")
+        return self
+
+
+class GqaConfig(Config):
+    """Plain grouped-query attention."""
+
+    kind: Literal["gqa"]
+    num_heads: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
+            )
+        return _even_head_dim(self)
+
+
+class MoaConfig(Config):
+    """Mixture of attention heads: every expert owns ``num_kv_heads`` query heads and shares K and V."""
+
+    kind: Literal["moa"]
+    num_experts: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _routing_is_possible(self) -> Self:
+        self.router.inference.check_against(self.num_experts)
+        return _even_head_dim(self)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads of all experts together."""
+        return self.num_experts * self.num_kv_heads
+
+
+class DenseFfnConfig(Config):
+    """One ordinary feed-forward network."""
+
+    kind: Literal["dense"]
+    d_ff: PositiveInt
+    activation: Literal["gelu", "swiglu"] = "gelu"
+
+
+class MoeConfig(Config):
+    """Mixture of feed-forward experts."""
+
+    kind: Literal["moe"]
+    num_experts: PositiveInt
+    d_ff: PositiveInt
+    """Hidden width of one expert."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    router: RouterConfig = RouterConfig()
+
+    @model_validator(mode="after")
+    def _routing_is_possible(self) -> Self:
+        self.router.inference.check_against(self.num_experts)
+        return self
+
+
+AttentionConfig = Annotated[GqaConfig | MoaConfig, Field(discriminator="kind")]
+FfnConfig = Annotated[DenseFfnConfig | MoeConfig, Field(discriminator="kind")]
+
+
+class ModelConfig(Config):
+    """A decoder-only transformer whose layers are all alike."""
+
+    vocab_size: PositiveInt
+    d_model: PositiveInt
+    num_layers: PositiveInt
+    max_seq_len: PositiveInt
+    """Longest sequence, prompt and output together, in tokens."""
+    attention: AttentionConfig
+    ffn: FfnConfig
+    tie_embeddings: bool = False
+    rope_theta: PositiveFloat = 10000.0
+    norm_eps: PositiveFloat = 1e-6
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 num_layers)."""
+
+    def dense_twin(self) -> "ModelConfig":
+        """Return the dense transformer of equal shape: one FFN of the experts' total width, plain attention."""
+        attention: GqaConfig | MoaConfig = self.attention
+        if isinstance(attention, MoaConfig):
+            attention = GqaConfig(
+                kind="gqa",
+                num_heads=attention.num_heads,
+                num_kv_heads=attention.num_kv_heads,
+                head_dim=attention.head_dim,
+            )
+        ffn: DenseFfnConfig | MoeConfig = self.ffn
+        if isinstance(ffn, MoeConfig):
+            ffn = DenseFfnConfig(kind="dense", d_ff=ffn.num_experts * ffn.d_ff, activation=ffn.activation)
+        return self.model_copy(update={"attention": attention, "ffn": ffn})
+
+
+def _even_head_dim(config):  # type: ignore[no-untyped-def]
+    if config.head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions; got {config.head_dim}")
+    return config
