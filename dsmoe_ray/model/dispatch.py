@@ -6,6 +6,7 @@ is the one for a single process: every expert is here and nothing moves.
 Shape suffixes: T tokens owned here, N tokens seen here (all owners'), D model width, E experts, L experts held here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -13,6 +14,9 @@ import torch
 
 V = TypeVar("V")
 V_co = TypeVar("V_co", covariant=True)
+
+RunSparse = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Sparse experts held here: ``(x (N, D), gates (N, L), selected (N, L) bool) -> y (N, D)``, differentiable."""
 
 
 class Pending(Protocol[V_co]):
@@ -47,6 +51,11 @@ class TokenExchange(Protocol):
         self, dx_ND: torch.Tensor, dgates_NL: torch.Tensor
     ) -> Pending[tuple[torch.Tensor, torch.Tensor]]:
         """Send input gradients back, summed, and gate gradients, side by side: ``(T, D)`` and ``(T, E)``."""
+
+    def run_sparse(
+        self, x_TD: torch.Tensor, gates_TE: torch.Tensor, selected_TE: torch.Tensor, run: RunSparse
+    ) -> torch.Tensor:
+        """Send each token to the ranks that hold its selected experts only; return the sums ``(T, D)``, differentiably."""
 
 
 @dataclass(frozen=True)
@@ -86,3 +95,12 @@ class LocalExchange:
     ) -> Ready[tuple[torch.Tensor, torch.Tensor]]:
         """Return gradients as they are."""
         return Ready((dx_ND, dgates_NL))
+
+    def run_sparse(
+        self, x_TD: torch.Tensor, gates_TE: torch.Tensor, selected_TE: torch.Tensor, run: RunSparse
+    ) -> torch.Tensor:
+        """Run the selected experts here."""
+        return run(x_TD, gates_TE, selected_TE)
+
+
+LOCAL_EXCHANGE = LocalExchange()
