@@ -55,7 +55,7 @@ class TokenExchange(Protocol):
     def run_sparse(
         self, x_TD: torch.Tensor, gates_TE: torch.Tensor, selected_TE: torch.Tensor, run: RunSparse
     ) -> torch.Tensor:
-        """Send each token to the ranks that hold its selected experts only; return the sums ``(T, D)``, differentiably."""
+        """Send each token only to ranks that hold experts it selected; return the sums ``(T, D)``, differentiably."""
 
 
 @dataclass(frozen=True)

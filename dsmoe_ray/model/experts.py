@@ -5,8 +5,8 @@ output. All experts together are then one ordinary wide FFN of width ``E * F``: 
 one wide GEMM down. Only the pre-activation is kept for the backward pass; the gated activation is computed again there,
 because an element-wise pass costs less than the memory it would hold.
 
-Shape suffixes: T tokens owned here, N tokens seen here (all owners'), D model width, L experts held here, F width of one
-expert, H = L * F.
+Shape suffixes: T tokens owned here, N tokens seen here (all owners'), D model width, L experts held here, F width of
+one expert, H = L * F.
 """
 
 from typing import Any, NamedTuple
@@ -29,8 +29,8 @@ class WideWeights(NamedTuple):
 class Experts(nn.Module):
     """Weights of the FFN experts of one layer.
 
-    ``w1`` and ``w3`` project up and ``w2`` down, each ``(num_experts, d_ff, d_model)``, so that the experts of a layer lie
-    one after another and the wide matrices are views. There are no biases.
+    ``w1`` and ``w3`` project up and ``w2`` down, each ``(num_experts, d_ff, d_model)``, so that the experts of a layer
+    lie one after another and the wide matrices are views. There are no biases.
     """
 
     def __init__(self, *, num_experts: int, d_model: int, d_ff: int, activation: str) -> None:
@@ -56,10 +56,9 @@ class Experts(nn.Module):
             selected_TE: Which experts to run; None runs all of them on every token.
             exchange: Brings tokens to the experts held here and takes results back.
         """
-        w1, w2, w3 = (
-            None if weight is None else exchange.local_weight(weight).to(x_TD.dtype)
-            for weight in (self.w1, self.w2, self.w3)
-        )
+        w1 = exchange.local_weight(self.w1).to(x_TD.dtype)
+        w2 = exchange.local_weight(self.w2).to(x_TD.dtype)
+        w3 = None if self.w3 is None else exchange.local_weight(self.w3).to(x_TD.dtype)
         if selected_TE is None:
             return DenseExperts.apply(x_TD, gates_TE, _wide(w1), _wide(w2), _wide(w3), exchange)
 
@@ -91,9 +90,9 @@ def sparse_forward(
     # unbind gives one gradient stack per weight; indexing each expert would fill a full-size zero gradient per expert.
     w1s, w2s = w1_LFD.unbind(0), w2_LFD.unbind(0)
     w3s = w3_LFD.unbind(0) if w3_LFD is not None else [None] * len(w1s)
-    experts_N, tokens_N = selected_NL.t().nonzero(as_tuple=True)
+    _, token_ids = selected_NL.t().nonzero(as_tuple=True)
     num_tokens_per_expert = selected_NL.sum(0).tolist()
-    for expert_idx, tokens in enumerate(tokens_N.split(num_tokens_per_expert)):
+    for expert_idx, tokens in enumerate(token_ids.split(num_tokens_per_expert)):
         if len(tokens) == 0:
             continue
         x = x_ND[tokens]
@@ -144,7 +143,9 @@ class DenseExperts(torch.autograd.Function):
         """Return gradients of tokens ``(T, D)``, gates ``(T, E)`` and the weights held here ``(H, D)``."""
         w1_HD, w2_HD, w3_HD, *saved = ctx.saved_tensors
         weights = WideWeights(w1_HD, w2_HD, w3_HD)
-        grads = WideWeights(*(None if weight is None else torch.empty_like(weight) for weight in weights))
+        grads = WideWeights(
+            torch.empty_like(w1_HD), torch.empty_like(w2_HD), None if w3_HD is None else torch.empty_like(w3_HD)
+        )
         exchange = ctx.exchange
         chunks = dy_TD.chunk(ctx.num_chunks)
         results = []
@@ -170,7 +171,8 @@ def dense_forward(
     """Run the wide FFN with gated hidden units.
 
     Returns:
-        The output ``(N, D)`` and what the backward pass needs: the pre-activation and, for SwiGLU, the linear branch, ``(N, H)``.
+        The output ``(N, D)`` and what the backward pass needs: the pre-activation and, for SwiGLU, the linear branch,
+        ``(N, H)``.
     """
     up_NH = functional.linear(x_ND, weights.w1_HD)
     if weights.w3_HD is None:
@@ -228,12 +230,12 @@ def _broadcastable(gates_NL: torch.Tensor, hidden_NH: torch.Tensor) -> torch.Ten
 
 
 def _expert_dot(a_NH: torch.Tensor, b_NH: torch.Tensor, gates_NL: torch.Tensor) -> torch.Tensor:
-    """Return each expert's dot product of two hidden tensors ``(N, L)``, float32."""
+    """Return each expert's dot product of two hidden tensors ``(N, L)``, in the gates' type."""
     a_NLF, b_NLF = _by_expert(a_NH, gates_NL), _by_expert(b_NH, gates_NL)
     if a_NH.device.type == "cpu":
         # A batched row-by-column product never writes the element-wise one to memory.
-        return (a_NLF.unsqueeze(-2) @ b_NLF.unsqueeze(-1)).flatten(1).float()
-    return (a_NLF * b_NLF).sum(-1, dtype=torch.float32)
+        return (a_NLF.unsqueeze(-2) @ b_NLF.unsqueeze(-1)).flatten(1).to(gates_NL.dtype)
+    return (a_NLF * b_NLF).sum(-1, dtype=gates_NL.dtype)
 
 
 def _concatenate(parts: list[torch.Tensor]) -> torch.Tensor:

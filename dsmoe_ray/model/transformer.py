@@ -1,0 +1,191 @@
+"""Block and model. The forward pass is a loop over blocks; the loss is computed inside it, so that whoever shards the
+weights sees one forward call.
+
+Shape suffixes: B sequences, S positions, T = B * S tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from dsmoe_ray.model.attention import AttentionContext, GqaAttention, KvCache, build_mask
+from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig, RoutingConfig
+from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
+from dsmoe_ray.model.losses import LinearCrossEntropy
+from dsmoe_ray.model.moa import MixtureOfAttention
+from dsmoe_ray.model.moe import DenseFfn, MixtureOfExperts
+from dsmoe_ray.model.rope import compute_rotations
+from dsmoe_ray.model.router import DENSE, Routing
+
+
+class LayerRouting(NamedTuple):
+    """The routing rules of one layer."""
+
+    attention: RoutingConfig = DENSE
+    ffn: RoutingConfig = DENSE
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass returns; a layer without a mixture has no entry in the routings."""
+
+    logits_BSV: torch.Tensor | None
+    """Float32; None when targets were given."""
+    loss_sum: torch.Tensor | None
+    """Summed next-token loss in nats; None without targets."""
+    attention_routings: list[Routing]
+    ffn_routings: list[Routing]
+
+
+def deployed_routing(config: ModelConfig) -> list[LayerRouting]:
+    """Return the routing the model runs with at inference, per layer."""
+    attention = DENSE if isinstance(config.attention, GqaConfig) else config.attention.router.inference
+    ffn = config.ffn.router.inference if isinstance(config.ffn, MoeConfig) else DENSE
+    return [LayerRouting(attention, ffn)] * config.num_layers
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(d_model))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` with unit root mean square, scaled per channel, in the type of ``x``."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return functional.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each on a normed copy of the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, recompute_attention: bool) -> None:
+        super().__init__()
+        self.attention_norm = RmsNorm(config.d_model, config.norm_eps)
+        self.ffn_norm = RmsNorm(config.d_model, config.norm_eps)
+        self.attention: GqaAttention | MixtureOfAttention
+        if isinstance(config.attention, GqaConfig):
+            self.attention = GqaAttention(config.attention, d_model=config.d_model, layer=layer)
+        else:
+            self.attention = MixtureOfAttention(config.attention, d_model=config.d_model, layer=layer)
+        self.ffn: MixtureOfExperts | DenseFfn
+        if isinstance(config.ffn, MoeConfig):
+            self.ffn = MixtureOfExperts(config.ffn, d_model=config.d_model)
+        else:
+            self.ffn = DenseFfn(config.ffn, d_model=config.d_model)
+        self.recompute_attention = recompute_attention
+
+    def forward(
+        self, x_BSD: torch.Tensor, context: AttentionContext, routing: LayerRouting, exchange: TokenExchange
+    ) -> tuple[torch.Tensor, Routing | None, Routing | None]:
+        """Return the residual stream and the routings of attention and FFN."""
+        if self.recompute_attention:
+            attended, attention_routing = checkpoint(self._attend, x_BSD, context, routing, use_reentrant=False)
+        else:
+            attended, attention_routing = self._attend(x_BSD, context, routing)
+        x_BSD = x_BSD + attended
+        normed = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, DenseFfn):
+            return x_BSD + self.ffn(normed), attention_routing, None
+        fed, ffn_routing = self.ffn(normed, routing.ffn, exchange)
+        return x_BSD + fed, attention_routing, ffn_routing
+
+    def _attend(
+        self, x_BSD: torch.Tensor, context: AttentionContext, routing: LayerRouting
+    ) -> tuple[torch.Tensor, Routing | None]:
+        normed = self.attention_norm(x_BSD)
+        if isinstance(self.attention, GqaAttention):
+            return self.attention(normed, context), None
+        return self.attention(normed, context, routing.attention)
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model. Weights are uninitialised; see ``model/init.py`` and ``artifact/load.py``."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    def __init__(
+        self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32, activation_checkpointing: str = "none"
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.recompute_blocks = activation_checkpointing == "full"
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        selective = activation_checkpointing == "selective"
+        self.blocks = nn.ModuleList(
+            Block(config, layer, recompute_attention=selective) for layer in range(config.num_layers)
+        )
+        self.norm = RmsNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        cos, sin = compute_rotations(config.max_seq_len, config.attention.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        *,
+        targets_BS: torch.Tensor | None = None,
+        positions_BS: torch.Tensor | None = None,
+        document_ids_BS: torch.Tensor | None = None,
+        routing: Sequence[LayerRouting] | None = None,
+        cache: KvCache | None = None,
+        exchange: TokenExchange = LOCAL_EXCHANGE,
+        last_logits_only: bool = False,
+    ) -> ModelOutput:
+        """Run all layers.
+
+        Args:
+            tokens_BS: Token ids ``(B, S)``.
+            targets_BS: Next tokens; given, the summed loss is returned in place of logits. ``-100`` is ignored.
+            positions_BS: Position of each token; by default they count on from the cache.
+            document_ids_BS: Tokens attend within equal ids only.
+            routing: Rules of each layer; by default every expert is on.
+            cache: Keys and values of earlier positions, extended by this pass.
+            exchange: How tokens meet FFN experts.
+            last_logits_only: Return logits of the last position, ``(B, 1, V)``.
+        """
+        context = self._attention_context(tokens_BS, positions_BS, document_ids_BS, cache)
+        rules = routing if routing is not None else [LayerRouting()] * self.config.num_layers
+        x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
+        attention_routings, ffn_routings = [], []
+        for block, rule in zip(self.blocks, rules, strict=True):
+            x_BSD, attention_routing, ffn_routing = self._run_block(block, x_BSD, context, rule, exchange)
+            attention_routings += [attention_routing] if attention_routing is not None else []
+            ffn_routings += [ffn_routing] if ffn_routing is not None else []
+        hidden_BSD = self.norm(x_BSD[:, -1:] if last_logits_only else x_BSD)
+        weight_VD = (self.embedding if self.head is None else self.head).weight.to(hidden_BSD.dtype)
+        if targets_BS is not None:
+            loss_sum = LinearCrossEntropy.apply(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+            return ModelOutput(None, loss_sum, attention_routings, ffn_routings)
+        logits_BSV = functional.linear(hidden_BSD, weight_VD)
+        return ModelOutput(
+            logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32)), None, attention_routings, ffn_routings
+        )
+
+    def _run_block(self, block: nn.Module, *arguments: Any) -> tuple[torch.Tensor, Routing | None, Routing | None]:
+        if self.recompute_blocks and torch.is_grad_enabled():
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
+
+    def _attention_context(
+        self,
+        tokens_BS: torch.Tensor,
+        positions_BS: torch.Tensor | None,
+        document_ids_BS: torch.Tensor | None,
+        cache: KvCache | None,
+    ) -> AttentionContext:
+        num_new = tokens_BS.shape[1]
+        num_cached = 0 if cache is None else cache.num_cached
+        mask = build_mask(num_new, num_cached, document_ids_BS, tokens_BS.device)
+        if positions_BS is None:
+            rows = slice(num_cached, num_cached + num_new)
+            return AttentionContext(self.cos[None, rows, None], self.sin[None, rows, None], mask, cache)
+        return AttentionContext(self.cos[positions_BS][:, :, None], self.sin[positions_BS][:, :, None], mask, cache)
