@@ -7,7 +7,7 @@ is left out, as is usual. The router's bias-free matrices count like any other.
 from dataclasses import dataclass
 from typing import Literal
 
-from dsmoe_ray.model.config import FfnConfig, GqaConfig, ModelConfig, MoaConfig, MoeConfig, RoutingConfig, RoutingMode
+from dsmoe_ray.model.config import FfnConfig, GqaConfig, MoaConfig, ModelConfig, MoeConfig, RoutingConfig, RoutingMode
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
