@@ -1,26 +1,35 @@
 """YAML and ``--set`` overrides to a frozen configuration, and the resolved configuration back to YAML.
 
-Owns the base class ``Config`` and how a mistake in a file is told to a person. Knows no particular configuration.
+Owns the base class ``Config``. Knows no particular configuration.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from dsmoe_ray.config_messages import explain_errors
 from dsmoe_ray.errors import ConfigError
 
 
 class Config(BaseModel):
-    """Base of every configuration: frozen, keyword-only, unknown keys refused."""
+    """Base of every configuration: frozen, keyword-only, unknown keys refused, numbers finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_boolean_is_no_number(cls, values: Any) -> Any:
+        # pydantic would take true for 1, and YAML takes yes and on for true.
+        for name in values if isinstance(values, dict) else ():
+            annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
+            if isinstance(values[name], bool) and {int, float} & {annotation, *get_args(annotation)}:
+                raise ValueError(f"{name} must be a number; found {values[name]} (YAML reads yes, no, on, off so)")
+        return values
 
 
 C = TypeVar("C", bound=Config)
@@ -37,7 +46,7 @@ def load_config(path: Path, schema: type[C], *, overrides: Sequence[str] = ()) -
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}. Give the path of a YAML file.") from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a safe loader that also refuses repeated keys
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -52,8 +61,10 @@ def parse_config(values: Mapping[str, Any], schema: type[C], *, source: str) -> 
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(item, schema) for item in error.errors(include_url=False)]
-        raise ConfigError(f"{source} has {len(lines)} problem(s):\n" + "\n".join(f"  - {line}" for line in lines)) from error
+        lines = explain_errors(error, schema)
+        if len(lines) == 1:
+            raise ConfigError(f"{source}: {lines[0]}") from error
+        raise ConfigError("\n  - ".join([f"{source} has {len(lines)} problems:", *lines])) from error
 
 
 def to_yaml(config: Config) -> str:
@@ -65,6 +76,21 @@ def config_digest(config: Config) -> str:
     """Return the SHA-256 of the resolved configuration, independent of key order."""
     text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """The safe loader, but a key given twice in one section is an error, not a silent choice of the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable) and key in seen and key_node.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    "in a section", node.start_mark, f"found the key {key!r} twice; keep one", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -84,45 +110,3 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section; it cannot hold {parts[-1]!r}.")
     node[parts[-1]] = value
-
-
-def _explain(item: Any, schema: type[BaseModel]) -> str:
-    location = [str(part) for part in item["loc"]]
-    where = ".".join(location) or "the config"
-    if item["type"] == "extra_forbidden":
-        allowed = _fields_at(schema, location[:-1])
-        nearest = difflib.get_close_matches(location[-1], allowed, n=1, cutoff=0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"allowed here: {', '.join(sorted(allowed)) or 'nothing'}."
-        return f"{where}: unknown key; {hint}"
-    if item["type"] == "missing":
-        return f"{where}: required and not given; add it to the file or pass --set {where}=VALUE."
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "value_error":
-        return f"{where}: {message}"
-    return f"{where}: {message}; found {item['input']!r}."
-
-
-def _fields_at(schema: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Return the keys allowed at a location; a union's tag counts as a step, as in pydantic's locations."""
-    candidates: list[type[BaseModel]] = [schema]
-    for part in location:
-        found: list[type[BaseModel]] = []
-        for model in candidates:
-            if part in model.model_fields:
-                found += _models_in(model.model_fields[part].annotation)
-        candidates = found or [model for model in candidates if _tag(model) == part]
-    return [name for model in candidates for name in model.model_fields]
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if get_origin(annotation) in (Union, UnionType):
-        return [model for argument in get_args(annotation) for model in _models_in(argument)]
-    if get_args(annotation):
-        return [model for argument in get_args(annotation) for model in _models_in(argument)]
-    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("kind")
-    arguments = get_args(field.annotation) if field else ()
-    return str(arguments[0]) if arguments else None

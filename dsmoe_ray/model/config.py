@@ -86,7 +86,8 @@ class GqaConfig(Config):
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads; got {self.num_heads} and {self.num_kv_heads}"
             )
-        return _even_head_dim(self)
+        _check_head_dim(self.head_dim)
+        return self
 
 
 class MoaConfig(Config):
@@ -101,7 +102,8 @@ class MoaConfig(Config):
     @model_validator(mode="after")
     def _routing_is_possible(self) -> Self:
         self.router.inference.check_against(self.num_experts)
-        return _even_head_dim(self)
+        _check_head_dim(self.head_dim)
+        return self
 
     @property
     def num_heads(self) -> int:
@@ -169,7 +171,6 @@ class ModelConfig(Config):
         return self.model_copy(update={"attention": attention, "ffn": ffn})
 
 
-def _even_head_dim(config):  # type: ignore[no-untyped-def]
-    if config.head_dim % 2:
-        raise ValueError(f"head_dim must be even for rotary positions; got {config.head_dim}")
-    return config
+def _check_head_dim(head_dim: int) -> None:
+    if head_dim % 2:
+        raise ValueError(f"head_dim must be even for rotary positions; got {head_dim}")

@@ -40,7 +40,7 @@ class ParallelConfig(Config):
     def check_against(self, num_experts: int | None) -> None:
         """Raise ``ValueError`` if the experts of a layer cannot be shared out evenly."""
         if num_experts is None and self.ep > 1:
-            raise ValueError(f"parallel.ep={self.ep} needs a mixture of FFN experts; the model has a dense FFN: set ep=1")
+            raise ValueError(f"parallel.ep={self.ep} needs a mixture of FFN experts, but model.ffn is dense; set ep=1")
         if num_experts is not None and num_experts % (self.ep * self.dp_shard):
             raise ValueError(
                 f"model.ffn.num_experts={num_experts} is not divisible by ep * dp_shard = {self.ep} * {self.dp_shard}; "

@@ -6,8 +6,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from dsmoe_ray.config_io import Config
 from dsmoe_ray.data.config import DataConfig
-from dsmoe_ray.model.config import ModelConfig, MoaConfig, MoeConfig
+from dsmoe_ray.model.config import MoaConfig, ModelConfig, MoeConfig
 from dsmoe_ray.parallel.config import ParallelConfig
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class RunConfig(Config):
@@ -30,7 +32,7 @@ class TrainRoutingConfig(Config):
     """Which experts a token uses while training."""
 
     mode: Literal["dense", "top_k", "random_k", "anneal"] = "dense"
-    """``top_k`` is the sparse-trained baseline; ``random_k`` draws k per layer and step; ``anneal`` lowers k with time."""
+    """``top_k``: the sparse-trained baseline. ``random_k``: drawn per layer and step. ``anneal``: falls with time."""
     top_k: PositiveInt | None = None
     """For ``top_k`` the k; for ``random_k`` the least k; for ``anneal`` the last k."""
     start_step: NonNegativeInt = 0
@@ -88,7 +90,8 @@ class TrainConfig(Config):
     """Tokens one rank holds at a time; a step accumulates as many micro-steps as needed. By default one."""
     lr: PositiveFloat
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Decay of AdamW's running means of gradients and of their squares."""
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.01
     clip_norm: PositiveFloat = 1.0
@@ -128,6 +131,12 @@ class DebugConfig(Config):
     detect_anomaly: bool = False
     profile_steps: tuple[NonNegativeInt, PositiveInt] | None = None
     """First and last step to profile; traces go to ``profile/`` in the run directory."""
+
+    @model_validator(mode="after")
+    def _profiles_forward_in_time(self) -> Self:
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(f"profile_steps must be [first, last] with first <= last; got {list(self.profile_steps)}")
+        return self
 
 
 class TrainingRunConfig(Config):
