@@ -1,0 +1,254 @@
+"""Joining and leaving a world of ranks, and the few collectives that are not part of an exchange.
+
+A process is in one world at a time, as ``torch.distributed`` has one default group. After a failure it leaves, and
+joins the next world under a new port. What was sharded over the old one (model, optimizer, exchange) must be dropped: it
+holds the old connections, and peers that still wait on this rank are released only when those close.
+Nothing here pickles, and nothing listens but on the address given and the interface that reaches it.
+"""
+
+import gc
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from dsmoe_ray import clock
+from dsmoe_ray.errors import ExchangeError
+from dsmoe_ray.parallel.config import ParallelConfig
+from dsmoe_ray.parallel.failures import FailureBoard, failures_named
+from dsmoe_ray.parallel.mesh import World, build_mesh
+from dsmoe_ray.parallel.network import interface_towards, listen_on
+
+_INTERFACE_CHOSEN_BY_USER = os.environ.get("GLOO_SOCKET_IFNAME")
+_ARRIVAL_POLL_S = 0.01
+_FLIGHT_RECORDER_ENTRIES = "2000"
+
+# torch 2.13 renamed both; 2.11 has the old names only.
+_all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+_reduce_scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+
+
+@dataclass
+class _Membership:
+    """The world this process is in."""
+
+    world: World
+    board: FailureBoard
+
+
+_membership: _Membership | None = None
+
+
+def join_world(
+    config: ParallelConfig,
+    *,
+    rank: int,
+    address: str,
+    port: int,
+    device: torch.device,
+    backend: Literal["gloo", "nccl"] | None = None,
+) -> World:
+    """Meet the other ranks and build the mesh; a world of one rank needs no network and ignores address and port.
+
+    Args:
+        config: Degrees of the mesh; ``timeout_s`` bounds the meeting and every collective after it.
+        rank: This rank, in ``[0, config.world_size)``.
+        address: Rank 0's address on a private network; rank 0 listens there and nowhere else.
+        port: A free port of rank 0's; a new one for each world.
+        device: Where this rank computes.
+        backend: What carries tensors of ``device``; by default NCCL on CUDA and gloo on CPU. Gloo on CUDA lets ranks
+            share one GPU.
+
+    Raises:
+        ExchangeError: ranks did not arrive in time (they are named), or the address cannot be used.
+        ValueError: this process is still in a world.
+    """
+    global _membership
+    if _membership is not None or distributed.is_initialized():
+        raise ValueError("this process is still in a world; call leave_world() before joining another")
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if config.world_size == 1:
+        return World(rank=rank, config=config, device=device, mesh=None, backend=backend)
+    store = _open_store(config, rank=rank, address=address, port=port)
+    _await_all(store, config, rank=rank)
+    mesh = _initialize(store, config, rank=rank, address=address, device=device, backend=backend)
+    world = World(rank=rank, config=config, device=device, mesh=mesh, backend=backend)
+    _membership = _Membership(world, FailureBoard(store, rank=rank, world_size=config.world_size))
+    return world
+
+
+def leave_world() -> None:
+    """Close this rank's connections, also after a failed collective; does nothing outside a world.
+
+    Collectives in flight end first: at once where a peer is dead, after ``timeout_s`` where one hangs. Call it outside
+    the handler of an ``ExchangeError``, whose frames may hold connections open.
+    """
+    global _membership
+    if _membership is None:
+        return
+    world, _membership = _membership.world, None
+    # The mesh outlives the world where a model's DTensors hold it, and would keep every group open.
+    getattr(world.mesh, "_pg_registry", {}).clear()
+    if world.backend == "nccl":
+        # Destroying waits for collectives that a dead peer never finishes; aborting does not.
+        distributed.distributed_c10d._abort_process_group()
+    else:
+        distributed.destroy_process_group()
+    gc.collect()
+
+
+def collective_named(name: str) -> AbstractContextManager[None]:
+    """Return a block that turns a failed collective, also one of FSDP2's, into an ``ExchangeError`` naming ``name``."""
+    return failures_named(name, _membership.board if _membership else None)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective on its way; holds its tensors until it is done."""
+
+    work: distributed.Work
+    name: str
+    tensors: tuple[torch.Tensor, ...]
+
+    def wait(self) -> None:
+        """Block until the result is here (on CUDA: until it is ordered before what follows on this stream).
+
+        Raises:
+            ExchangeError: a peer is dead, hung or unreachable.
+        """
+        with collective_named(self.name):
+            self.work.wait()
+
+
+def start_all_gather(output: torch.Tensor, mine: torch.Tensor, group: distributed.ProcessGroup, name: str) -> Transfer:
+    """Start bringing every rank's ``mine``, by rank, into ``output``; both contiguous."""
+    return _start(name, (output, mine), _all_gather, group)
+
+
+def start_all_to_all(
+    output: torch.Tensor,
+    outgoing: torch.Tensor,
+    group: distributed.ProcessGroup,
+    name: str,
+    *,
+    rows_received: list[int] | None = None,
+    rows_sent: list[int] | None = None,
+) -> Transfer:
+    """Start sending the n-th part of ``outgoing`` to rank n and filling ``output`` by sender; by default equal parts."""
+    return _start(name, (output, outgoing), distributed.all_to_all_single, group, rows_received, rows_sent)
+
+
+def start_reduce_scatter(
+    output: torch.Tensor, partials: torch.Tensor, group: distributed.ProcessGroup, name: str
+) -> Transfer:
+    """Start summing over ranks, each keeping the part of its own position."""
+    return _start(name, (output, partials), _reduce_scatter, group)
+
+
+def start_all_reduce_sum_(tensor: torch.Tensor, group: distributed.ProcessGroup | None, name: str) -> Transfer:
+    """Start summing ``tensor`` over a group, by default all ranks, in place."""
+    return _start(name, (tensor,), distributed.all_reduce, group)
+
+
+def all_reduce_sum_(
+    tensor: torch.Tensor, *, group: distributed.ProcessGroup | None = None, name: str = "all-reduce"
+) -> torch.Tensor:
+    """Sum ``tensor`` over a group, by default all ranks, in place; every rank gets the same bits. Alone, return it.
+
+    Raises:
+        ExchangeError: a peer is dead, hung or unreachable.
+    """
+    if _membership is not None:
+        start_all_reduce_sum_(tensor, group, name).wait()
+    return tensor
+
+
+def gather_integers(values: Sequence[int], *, group: distributed.ProcessGroup | None, name: str) -> list[list[int]]:
+    """Return every rank's integers by rank; each gives equally many. Travels on the CPU.
+
+    Raises:
+        ExchangeError: a peer is dead, hung or unreachable.
+    """
+    mine = torch.tensor(values, dtype=torch.int64)
+    everyone = torch.empty((distributed.get_world_size(group), len(values)), dtype=torch.int64)
+    _start(name, (everyone.view(-1), mine), _all_gather, group).wait()
+    return everyone.tolist()
+
+
+def _start(
+    name: str, tensors: tuple[torch.Tensor, ...], collective: Any, group: distributed.ProcessGroup | None, *options: Any
+) -> Transfer:
+    with collective_named(name):
+        work = collective(*tensors, *options, group=group, async_op=True)
+    return Transfer(work, name, tensors)
+
+
+def _open_store(config: ParallelConfig, *, rank: int, address: str, port: int) -> distributed.Store:
+    timeout = timedelta(seconds=config.timeout_s)
+    listener = listen_on(address, port) if rank == 0 else None
+    try:
+        # torch would listen on every interface; it takes over a socket that listens on one.
+        return distributed.TCPStore(
+            address,
+            port,
+            config.world_size,
+            rank == 0,
+            timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener else None,
+        )
+    except RuntimeError as error:
+        raise ExchangeError(
+            f"rank {rank} cannot reach rank 0 at {address} port {port} within {config.timeout_s} s: {error}"
+        ) from error
+
+
+def _await_all(store: distributed.Store, config: ParallelConfig, *, rank: int) -> None:
+    """Wait until every rank has opened the store."""
+    deadline_s = clock.monotonic_s() + config.timeout_s
+    missing = list(range(config.world_size))
+    try:
+        store.set(f"arrived/{rank}", "")
+        while missing := [peer for peer in missing if not store.check([f"arrived/{peer}"])]:
+            if clock.monotonic_s() > deadline_s:
+                raise ExchangeError(
+                    f"rank {rank} waited {config.timeout_s} s for all {config.world_size} ranks; "
+                    f"did not arrive: {', '.join(f'rank {peer}' for peer in missing)}"
+                )
+            clock.sleep_s(_ARRIVAL_POLL_S)
+    except RuntimeError as error:
+        raise ExchangeError(f"rank {rank} lost rank 0 while waiting for all ranks: {error}") from error
+
+
+def _initialize(
+    store: distributed.Store, config: ParallelConfig, *, rank: int, address: str, device: torch.device, backend: str
+) -> DeviceMesh:
+    # Gloo listens on the interface named here; otherwise on the one the host name stands for, which may be public.
+    os.environ["GLOO_SOCKET_IFNAME"] = _INTERFACE_CHOSEN_BY_USER or interface_towards(address)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _FLIGHT_RECORDER_ENTRIES)
+    hook = sys.excepthook
+    try:
+        distributed.init_process_group(
+            "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
+            store=store,
+            rank=rank,
+            world_size=config.world_size,
+            timeout=timedelta(seconds=config.timeout_s),
+        )
+        return build_mesh(config, device)
+    except RuntimeError as error:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+        raise ExchangeError(f"rank {rank} could not connect to all ranks: {error}") from error
+    finally:
+        # torch wraps the hook anew each time, and worlds come and go.
+        sys.excepthook = hook

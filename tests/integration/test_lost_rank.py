@@ -1,0 +1,120 @@
+"""Ranks that die or never come: the others get an error that names them, leave, and go on in a new world."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from dsmoe_ray.errors import ExchangeError
+from dsmoe_ray.parallel.collectives import all_reduce_sum_, gather_integers, join_world, leave_world
+from dsmoe_ray.parallel.config import ParallelConfig
+from tests.numerics.ranks import RankProcess, free_port, run_in_world, run_on_ranks
+
+CPU = torch.device("cpu")
+SOON_S = 20.0
+"""Far below the collectives' timeout, so that passing means the failure was noticed and not waited out."""
+
+
+def _join(config, rank, port):
+    return join_world(config, rank=rank, address="127.0.0.1", port=port, device=CPU)
+
+
+def _reduce_until_failure(config, rank, port, dies_after):
+    """Return the error's text; rank ``dies_after`` kills itself between two collectives."""
+    world = _join(config, rank, port)
+    weight = DTensor.from_local(torch.full((2, 2), float(rank)), world.mesh["ep"], [Shard(0)])
+    assert weight.full_tensor().shape == (2 * config.ep, 2)
+    all_reduce_sum_(torch.ones(100_000))
+    if dies_after == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.monotonic()
+    try:
+        all_reduce_sum_(torch.ones(100_000), name="trunk gradients")
+    except ExchangeError as error:
+        message = str(error)
+    assert time.monotonic() - started < SOON_S
+    return message
+
+
+def _survive(rank, config, port, lost_rank, next_port):
+    message = _reduce_until_failure(config, rank, port, lost_rank)
+    leave_world()
+    # The DTensor of the old world is gone; one of the new world must use the new connections.
+    world = _join(config, rank, next_port)
+    weight = DTensor.from_local(torch.full((2, 2), float(rank)), world.mesh["ep"], [Shard(0)])
+    total = all_reduce_sum_(torch.tensor([rank + 1.0])).item()
+    gathered = weight.full_tensor()[:, 0].tolist()
+    leave_world()
+    return message, total, gathered
+
+
+def _replace(rank, config, next_port):
+    world = _join(config, rank, next_port)
+    weight = DTensor.from_local(torch.full((2, 2), float(rank)), world.mesh["ep"], [Shard(0)])
+    total = all_reduce_sum_(torch.tensor([rank + 1.0])).item()
+    gathered = weight.full_tensor()[:, 0].tolist()
+    leave_world()
+    return total, gathered
+
+
+@pytest.mark.parametrize("lost_rank", [0, 1], ids=["rank 0, which keeps the store", "rank 1"])
+def test_a_survivor_learns_who_was_lost_and_goes_on_with_a_fresh_process(lost_rank):
+    config = ParallelConfig(ep=2, timeout_s=60.0)
+    port, next_port = free_port(), free_port()
+    ranks = [RankProcess(_survive, rank, config, port, lost_rank, next_port) for rank in range(2)]
+    with pytest.raises(AssertionError, match="exit code -9"):
+        ranks[lost_rank].result()
+    replacement = RankProcess(_replace, lost_rank, config, next_port)
+    message, total, gathered = ranks[1 - lost_rank].result()
+    assert "trunk gradients failed on rank" in message
+    assert f"rank {lost_rank}" in message.lower()
+    assert (total, gathered) == (3.0, [0.0, 0.0, 1.0, 1.0])
+    assert replacement.result() == (3.0, [0.0, 0.0, 1.0, 1.0])
+
+
+def _leave_after_failure(rank, config, port):
+    message = _reduce_until_failure(config, rank, port, dies_after=3)
+    leave_world()
+    return message
+
+
+def test_survivors_that_wait_on_a_survivor_are_released_when_it_leaves():
+    config = ParallelConfig(ep=2, dp_replicate=2, timeout_s=60.0)
+    port = free_port()
+    ranks = [RankProcess(_leave_after_failure, rank, config, port) for rank in range(4)]
+    messages = [ranks[rank].result() for rank in range(3)]
+    assert all("trunk gradients failed on rank" in message for message in messages)
+    assert any("Not heard of" in message and "rank 3" in message for message in messages)
+
+
+def test_ranks_that_never_arrive_are_named():
+    config = ParallelConfig(dp_replicate=3, timeout_s=1.0)
+    with pytest.raises(AssertionError, match=r"waited 1.0 s for all 3 ranks; did not arrive: rank 1, rank 2"):
+        run_on_ranks(_only_join, 1, config, free_port())
+
+
+def _only_join(rank, config, port):
+    _join(config, rank, port)
+
+
+def _listening_addresses(world):
+    all_reduce_sum_(torch.ones(1))
+    sockets = subprocess.run(["ss", "-Hltnp"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line.split()[3].rpartition(":")[0] for line in sockets if f"pid={os.getpid()}," in line]
+
+
+def test_ranks_listen_on_the_address_they_were_given_only():
+    for addresses in run_in_world(_listening_addresses, ParallelConfig(dp_replicate=2)):
+        assert set(addresses) == {"127.0.0.1"}
+
+
+def _gather(world):
+    return gather_integers([world.rank, 10 * world.rank], group=None, name="numbers")
+
+
+def test_integers_of_all_ranks_are_gathered_in_order():
+    assert run_in_world(_gather, ParallelConfig(dp_replicate=2)) == [[[0, 0], [1, 10]]] * 2
