@@ -1,6 +1,7 @@
 """``dsmoe validate CONFIG``: check a config and print what the run would cost."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,11 @@ from dsmoe_ray.model.accounting import ParameterCounts
 from dsmoe_ray.training.config import TrainingRunConfig
 from dsmoe_ray.training.validation import Report, build_report
 
-SCALES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
-BINARY_SCALES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+COUNT_SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+FLOP_SCALES = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+BYTE_SCALES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+# Wide enough for every line: a log file has no width of its own.
+LOG_WIDTH = 140
 
 
 def command(
@@ -30,7 +34,7 @@ def command(
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
-        print_report(report, Console())
+        print_report(report, Console(width=None if sys.stdout.isatty() else LOG_WIDTH))
     for check in report.failed:
         typer.echo(f"Error: {config}: {check.detail}", err=True)
     raise typer.Exit(2 if report.failed else 0)
@@ -47,15 +51,23 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def format_count(value: float) -> str:
-    """Return a number with four digits and a decimal prefix, ``1.067G``."""
-    scale, unit = next((pair for pair in SCALES if abs(value) >= pair[0]), SCALES[-1])
-    return f"{value / scale:.4g}{unit}"
+    """Return a number of parameters or tokens with four digits, ``1.07B``."""
+    return "".join(_scale(value, COUNT_SCALES))
+
+
+def format_flops(value: float) -> str:
+    """Return a number of FLOPs with four digits, ``7.643 GFLOP``."""
+    return " ".join(_scale(value, FLOP_SCALES)) + "FLOP"
 
 
 def format_bytes(value: float) -> str:
-    """Return a number of bytes with a binary prefix, ``1.5 GiB``."""
-    scale, unit = next((pair for pair in BINARY_SCALES if abs(value) >= pair[0]), BINARY_SCALES[-1])
-    return f"{value / scale:.4g} {unit}"
+    """Return a number of bytes with four digits, ``1.5 GiB``."""
+    return " ".join(_scale(value, BYTE_SCALES))
+
+
+def _scale(value: float, scales: tuple[tuple[float, str], ...]) -> tuple[str, str]:
+    scale, unit = next((pair for pair in scales if abs(value) >= pair[0]), scales[-1])
+    return f"{value / scale:.4g}", unit
 
 
 def _parameters(report: Report) -> Table:
@@ -76,13 +88,13 @@ def _active_cells(total: ParameterCounts, active: ParameterCounts | None, name: 
 def _flops(report: Report) -> Table:
     flops = report.flops_per_token
     table = _new_table("per token", "")
-    table.add_row("forward, all experts", f"{format_count(flops.forward)}FLOP")
+    table.add_row("forward, all experts", format_flops(flops.forward))
     if flops.forward_deployed is not None:
-        table.add_row("forward, deployed routing", f"{format_count(flops.forward_deployed)}FLOP")
-    table.add_row("training", f"{format_count(flops.training)}FLOP")
+        table.add_row("forward, deployed routing", format_flops(flops.forward_deployed))
+    table.add_row("training", format_flops(flops.training))
     if flops.training_with_recomputation != flops.training:
-        table.add_row("training with recomputation", f"{format_count(flops.training_with_recomputation)}FLOP")
-    table.add_row("training, whole run", f"{format_count(flops.training * report.num_tokens)}FLOP")
+        table.add_row("training with recomputation", format_flops(flops.training_with_recomputation))
+    table.add_row("training, whole run", format_flops(flops.training * report.num_tokens))
     if report.decode_bytes is not None:
         table.add_row("read to decode, deployed routing, bf16", format_bytes(report.decode_bytes))
     return table

@@ -18,7 +18,7 @@ SMALLEST_VOCABULARY = 257
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at. ``warning``: may be otherwise on the training machines, or later; ``failed``: cannot work."""
+    """One thing looked at. ``warning``: may be otherwise on the training machines; ``failed``: cannot work."""
 
     name: str
     status: Literal["passed", "warning", "failed"]
