@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
@@ -139,6 +140,7 @@ class DenseExperts(torch.autograd.Function):
         return _concatenate([output.wait() for output in outputs])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return gradients of tokens ``(T, D)``, gates ``(T, E)`` and the weights held here ``(H, D)``."""
         w1_HD, w2_HD, w3_HD, *saved = ctx.saved_tensors

@@ -6,10 +6,19 @@ Shape suffixes: T tokens here, D model width, V vocabulary, E experts.
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 IGNORED_TARGET = -100
 _CHUNK_ELEMENTS = 1 << 22
+
+
+def linear_cross_entropy(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+    """Return the summed loss of ``LinearCrossEntropy``; under ``no_grad``, no gradient is computed."""
+    if not torch.is_grad_enabled():
+        # A custom function is told that a leaf wants a gradient even under no_grad, and would compute it.
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
+    return LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -21,17 +30,18 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss in nats over targets that are not ``IGNORED_TARGET``, a float32 scalar."""
+        """Return the summed loss in nats over targets that are not ``IGNORED_TARGET``, a scalar in float32 or wider."""
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        total = hidden_TD.new_zeros((), dtype=torch.float32)
+        dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+        total = hidden_TD.new_zeros((), dtype=dtype)
         dhidden_TD = torch.empty_like(hidden_TD) if needs_grad else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_grad else None
+        dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_grad else None
         chunk = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
-            logits = functional.linear(hidden_TD[rows], weight_VD).float()
+            logits = functional.linear(hidden_TD[rows], weight_VD).to(dtype)
             valid = targets_T[rows] != IGNORED_TARGET
-            targets = targets_T[rows].clamp_min(0).unsqueeze(-1)
+            targets = targets_T[rows].masked_fill(~valid, 0).unsqueeze(-1)
             log_sum = logits.logsumexp(-1, keepdim=True)
             total += ((log_sum - logits.gather(-1, targets)).squeeze(-1) * valid).sum()
             if dhidden_TD is not None and dweight_VD is not None:
@@ -45,6 +55,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dtotal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         """Scale the gradients formed in the forward pass."""
         dhidden_TD, dweight_VD = ctx.saved_tensors
@@ -62,8 +73,8 @@ def mutual_information_share(
 ) -> torch.Tensor:
     """Reward routers that are sure per token yet use all experts over the global batch.
 
-    The loss is ``-H(mean_x S) + mean_x H(S | x)``. With the mean held fixed, ``sum_i S_i log(mean_i)`` has the value and,
-    as probabilities sum to one, the gradient of its first term; so every process can compute its own tokens' share.
+    The loss is ``-H(mean_x S) + mean_x H(S | x)``. With the mean held fixed, ``sum_i S_i log(mean_i)`` has the value
+    and, as probabilities sum to one, the gradient of its first term; so every process can compute its own share.
 
     Args:
         router_logits_TE: Router outputs before softmax of the tokens here ``(T, E)``.

@@ -105,6 +105,7 @@ def _top_k_mask(probs_TE: torch.Tensor, top_k: int) -> torch.Tensor:
 
 def _top_p_mask(probs_TE: torch.Tensor, top_p: float) -> torch.Tensor:
     sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
-    before_TE = sorted_TE.cumsum(-1) - sorted_TE
+    # Shifted, not cumsum minus own: a difference would round, and a sum that just reaches top_p could fall short again.
+    before_TE = functional.pad(sorted_TE.cumsum(-1)[:, :-1], (1, 0))
     mask_TE = torch.zeros_like(probs_TE, dtype=torch.bool)
     return mask_TE.scatter_(-1, order_TE, before_TE < top_p)

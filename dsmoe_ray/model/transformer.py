@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dsmoe_ray.model.attention import AttentionContext, GqaAttention, KvCache, build_mask
 from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig, RoutingConfig
 from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
-from dsmoe_ray.model.losses import LinearCrossEntropy
+from dsmoe_ray.model.losses import linear_cross_entropy
 from dsmoe_ray.model.moa import MixtureOfAttention
 from dsmoe_ray.model.moe import DenseFfn, MixtureOfExperts
 from dsmoe_ray.model.rope import compute_rotations
@@ -163,7 +163,7 @@ class Transformer(nn.Module):
         hidden_BSD = self.norm(x_BSD[:, -1:] if last_logits_only else x_BSD)
         weight_VD = (self.embedding if self.head is None else self.head).weight.to(hidden_BSD.dtype)
         if targets_BS is not None:
-            loss_sum = LinearCrossEntropy.apply(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
+            loss_sum = linear_cross_entropy(hidden_BSD.flatten(0, 1), weight_VD, targets_BS.flatten())
             return ModelOutput(None, loss_sum, attention_routings, ffn_routings)
         logits_BSV = functional.linear(hidden_BSD, weight_VD)
         return ModelOutput(
@@ -186,6 +186,11 @@ class Transformer(nn.Module):
         num_cached = 0 if cache is None else cache.num_cached
         mask = build_mask(num_new, num_cached, document_ids_BS, tokens_BS.device)
         if positions_BS is None:
+            if num_cached + num_new > self.config.max_seq_len:
+                raise ValueError(
+                    f"{num_cached} cached and {num_new} new positions exceed max_seq_len={self.config.max_seq_len}; "
+                    "shorten the sequence or raise model.max_seq_len"
+                )
             rows = slice(num_cached, num_cached + num_new)
             return AttentionContext(self.cos[None, rows, None], self.sin[None, rows, None], mask, cache)
         return AttentionContext(self.cos[positions_BS][:, :, None], self.sin[positions_BS][:, :, None], mask, cache)
