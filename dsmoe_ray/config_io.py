@@ -27,7 +27,7 @@ class Config(BaseModel):
         # pydantic would take true for 1, and YAML takes yes and on for true.
         for name in values if isinstance(values, dict) else ():
             annotation = cls.model_fields[name].annotation if name in cls.model_fields else None
-            if isinstance(values[name], bool) and {int, float} & {annotation, *get_args(annotation)}:
+            if isinstance(values[name], bool) and _is_number(annotation):
                 raise ValueError(f"{name} must be a number; found {values[name]} (YAML reads yes, no, on, off so)")
         return values
 
@@ -52,7 +52,7 @@ def load_config(path: Path, schema: type[C], *, overrides: Sequence[str] = ()) -
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a YAML mapping with sections; found {type(values).__name__}.")
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_config(values, schema, source=str(path))
 
 
@@ -93,7 +93,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one key of nested plain values in place, ``train.steps=100``; the part after ``=`` is YAML."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
@@ -110,3 +111,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section; it cannot hold {parts[-1]!r}.")
     node[parts[-1]] = value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Tell whether a field holds a number, bounded or optional ones included."""
+    return annotation in (int, float) or any(_is_number(argument) for argument in get_args(annotation))

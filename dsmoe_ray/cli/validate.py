@@ -51,7 +51,10 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def format_count(value: float) -> str:
-    """Return a number of parameters or tokens with four digits, ``1.07B``."""
+    """Return a number of parameters or tokens with four digits, ``1070M``."""
+    if 1e9 <= abs(value) < 1e10:
+        # Model sizes are compared in millions up to here.
+        return f"{value / 1e6:.0f}M"
     return "".join(_scale(value, COUNT_SCALES))
 
 

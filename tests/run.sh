@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Sets itself up in .venv, then runs lint, format, types, import floors and all tests; every stage runs whatever failed.
+#   bash tests/run.sh [fast] [more options of pytest]
+# "fast" leaves out tests that start Ray or take more than ten seconds, and stays under two minutes.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+venv_extras=dev
+source examples/setup_venv.sh
+
+selection=()
+if [[ "${1:-}" == fast ]]; then
+  shift
+  selection=(-m "not ray and not slow and not gpu")
+fi
+
+failed=()
+run_stage() {
+  local name="$1" started=$SECONDS
+  shift
+  printf '\n== %s\n' "$name"
+  "$@" || failed+=("$name")
+  printf '%s: %d s\n' "$name" $((SECONDS - started))
+}
+
+run_stage lint ruff check
+run_stage format ruff format --check
+run_stage types mypy
+run_stage floors lint-imports --no-logo
+if ((${#failed[@]})); then printf '\nFailed before the tests: %s\n' "${failed[*]}"; fi
+
+printf '\n== tests\n'
+python -m pytest "${selection[@]}" "$@" || failed+=(tests)
+# The last line on standard output is pytest's summary.
+if ((${#failed[@]})); then
+  printf 'Failed: %s\n' "${failed[*]}" >&2
+  exit 1
+fi
