@@ -1,0 +1,171 @@
+"""Text to token ids and back: a ``tokenizer.json`` that a person has, or a byte-level BPE trained on their data.
+
+Knows no corpus and no Ray. A document's text never yields the end-of-text token, even if it spells it; the one who
+packs documents puts it between them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dsmoe_ray.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+"""Ends every document; id 0 in the tokenizers we train."""
+_OTHER_ENDS_OF_TEXT = ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+_BYTE_LEVEL_SIZE = 1 + 256
+
+_PIECE_CHARS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer whose ids fit a model, with the token that ends a document."""
+
+    backend: Tokenizer
+    end_of_text_id: int
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Return one more than the largest id, which is more than the number of tokens if ids have gaps."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def digest(self) -> str:
+        """Return a SHA-256 of which id means which token; two files that say the same in other words agree."""
+        vocabulary = sorted(self.backend.get_vocab(with_added_tokens=True).items())
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
+
+    def encode(self, text: str) -> NDArray[np.int64]:
+        """Return the ids of a text, without the end-of-text token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Return the ids of each text; uses all cores unless ``TOKENIZERS_PARALLELISM`` is ``false``."""
+        pieces = [list(_split(text)) for text in texts]
+        flat = [piece for of_text in pieces for piece in of_text]
+        encodings = iter(self.backend.encode_batch_fast(flat, add_special_tokens=False))
+        return [
+            np.concatenate([np.asarray(next(encodings).ids, dtype=np.int64) for _ in of_text]) for of_text in pieces
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of some ids; the end-of-text token gives none."""
+        return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def to_json(self) -> str:
+        """Return the content of a ``tokenizer.json``."""
+        return self.backend.to_str(pretty=True)
+
+
+def load_tokenizer(path: Path, *, vocab_size: int | None = None) -> TextTokenizer:
+    """Read a ``tokenizer.json``.
+
+    Args:
+        path: The file.
+        vocab_size: Rows of the model's embedding; every id must be below it. None asks for nothing.
+
+    Raises:
+        DataError: the file is missing or no tokenizer, has no token that ends a text, or has ids the model has not.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error}. Give the path of a tokenizer.json.") from error
+    return parse_tokenizer(text, source=str(path), vocab_size=vocab_size)
+
+
+def parse_tokenizer(text: str, *, source: str, vocab_size: int | None = None) -> TextTokenizer:
+    """Do as ``load_tokenizer`` with the content of a ``tokenizer.json``; ``source`` names it in errors."""
+    try:
+        backend = Tokenizer.from_str(text)
+    except Exception as error:  # The binding raises nothing narrower.
+        raise DataError(f"{source} is not a tokenizer.json of the `tokenizers` library: {error}") from error
+    # What the file says about batches of prompts must not cut or pad documents.
+    backend.no_truncation()
+    backend.no_padding()
+    return _wrap(backend, source=source, vocab_size=vocab_size)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
+    """Train a byte-level BPE of exactly ``vocab_size`` tokens.
+
+    Bytes are tokens, so every text can be told. If the texts run out of pairs to merge, the rest of the vocabulary is
+    filled with reserved tokens that no text yields. The same texts in the same order give the same tokenizer.
+
+    Raises:
+        DataError: ``vocab_size`` has no room for the bytes and the end-of-text token.
+    """
+    if vocab_size < _BYTE_LEVEL_SIZE:
+        raise DataError(
+            f"model.vocab_size={vocab_size} is too small for a byte-level tokenizer: it needs at least "
+            f"{_BYTE_LEVEL_SIZE} (256 bytes and {END_OF_TEXT}). Raise model.vocab_size or set data.tokenizer."
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    num_missing = vocab_size - backend.get_vocab_size()
+    backend.add_special_tokens([f"<|reserved_{index}|>" for index in range(num_missing)])
+    return _wrap(backend, source="the trained tokenizer", vocab_size=vocab_size)
+
+
+def _wrap(backend: Tokenizer, *, source: str, vocab_size: int | None) -> TextTokenizer:
+    # A text that spells a special token, as this file does, must not end its document.
+    backend.encode_special_tokens = True
+    tokenizer = TextTokenizer(backend, _find_end_of_text(backend, source=source))
+    if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{source} has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size={vocab_size} allows ids below "
+            f"{vocab_size}. Set model.vocab_size to at least {tokenizer.vocab_size}, or use a smaller tokenizer."
+        )
+    return tokenizer
+
+
+def _find_end_of_text(backend: Tokenizer, *, source: str) -> int:
+    names = (END_OF_TEXT, *_OTHER_ENDS_OF_TEXT)
+    for name in names:
+        token_id = backend.token_to_id(name)
+        if token_id is not None:
+            return token_id
+    raise DataError(
+        f"{source} has no token that ends a text; it needs one of {', '.join(names)}. Add {END_OF_TEXT} to it."
+    )
+
+
+def _split(text: str) -> Iterator[str]:
+    """Cut a long text after line ends between two printing characters, where a byte-level tokenizer never merges.
+
+    Others may at most give a different token there, once in a million characters. In one piece a file of a gigabyte
+    would not do: while it is made, an encoding costs about a hundred bytes a token.
+    """
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        cut = _find_cut(text, start + _PIECE_CHARS)
+        if cut is None:
+            break
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
+
+
+def _find_cut(text: str, start: int) -> int | None:
+    newline = text.find("\n", start)
+    while newline >= 0:
+        if not text[newline - 1].isspace() and not text[newline + 1 : newline + 2].isspace():
+            return newline + 1
+        newline = text.find("\n", newline + 1)
+    return None
