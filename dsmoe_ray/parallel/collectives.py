@@ -1,7 +1,7 @@
 """Joining and leaving a world of ranks, and the few collectives that are not part of an exchange.
 
 A process is in one world at a time, as ``torch.distributed`` has one default group. After a failure it leaves, and
-joins the next world under a new port. What was sharded over the old one (model, optimizer, exchange) must be dropped: it
+joins the next world under a new port. What was sharded over the old one (model, optimizer, exchange) must go too: it
 holds the old connections, and peers that still wait on this rank are released only when those close.
 Nothing here pickles, and nothing listens but on the address given and the interface that reaches it.
 """
@@ -115,7 +115,7 @@ def collective_named(name: str) -> AbstractContextManager[None]:
 class Transfer:
     """A collective on its way; holds its tensors until it is done."""
 
-    work: distributed.Work
+    works: tuple[distributed.Work, ...]
     name: str
     tensors: tuple[torch.Tensor, ...]
 
@@ -126,7 +126,8 @@ class Transfer:
             ExchangeError: a peer is dead, hung or unreachable.
         """
         with collective_named(self.name):
-            self.work.wait()
+            for work in self.works:
+                work.wait()
 
 
 def start_all_gather(output: torch.Tensor, mine: torch.Tensor, group: distributed.ProcessGroup, name: str) -> Transfer:
@@ -143,8 +144,26 @@ def start_all_to_all(
     rows_received: list[int] | None = None,
     rows_sent: list[int] | None = None,
 ) -> Transfer:
-    """Start sending the n-th part of ``outgoing`` to rank n and filling ``output`` by sender; by default equal parts."""
+    """Start sending the n-th part of ``outgoing`` to rank n, filling ``output`` by sender; equal parts by default."""
     return _start(name, (output, outgoing), distributed.all_to_all_single, group, rows_received, rows_sent)
+
+
+def start_messages(
+    outgoing: Sequence[tuple[int, torch.Tensor]],
+    incoming: Sequence[tuple[int, torch.Tensor]],
+    group: distributed.ProcessGroup,
+    name: str,
+) -> Transfer:
+    """Start sending tensors to peers and filling others from peers, given with their position in the group.
+
+    Messages between two ranks arrive in the order they were sent, so both sides must list them in the same order.
+    """
+    with collective_named(name):
+        works = [distributed.irecv(tensor, group=group, group_src=peer) for peer, tensor in incoming]
+        works += [distributed.isend(tensor, group=group, group_dst=peer) for peer, tensor in outgoing]
+    # torch gives None for a rank outside the group only.
+    works_here = tuple(work for work in works if work is not None)
+    return Transfer(works_here, name, tuple(tensor for _, tensor in (*outgoing, *incoming)))
 
 
 def start_reduce_scatter(
@@ -189,7 +208,7 @@ def _start(
 ) -> Transfer:
     with collective_named(name):
         work = collective(*tensors, *options, group=group, async_op=True)
-    return Transfer(work, name, tensors)
+    return Transfer((work,), name, tensors)
 
 
 def _open_store(config: ParallelConfig, *, rank: int, address: str, port: int) -> distributed.Store:

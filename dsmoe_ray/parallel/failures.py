@@ -4,6 +4,7 @@ Every rank whose collective fails leaves a note in the rendezvous store and read
 without a note is dead, hung, or still waiting in a collective of its own.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,10 +30,8 @@ class FailureBoard:
 
     def report(self, collective: str, cause: str) -> str:
         """Note that ``collective`` failed here; return the whole message for a person."""
-        first_line = (cause.splitlines() or [""])[0]
-        return (
-            f"{collective} failed on rank {self._rank} of {self._world_size}: {first_line}\n{self._others(collective)}"
-        )
+        where = f"{collective} failed on rank {self._rank} of {self._world_size}"
+        return f"{where}: {_in_short(cause)}. {self._others(collective)}"
 
     def _others(self, collective: str) -> str:
         try:
@@ -41,7 +40,7 @@ class FailureBoard:
             missing = self._wait_for_notes()
             notes = {rank: self._store.get(_key(rank)).decode() for rank in self._peers() if rank not in missing}
         except RuntimeError as error:
-            return f"Rank 0, which keeps the rendezvous store, is lost: it does not answer ({_first_line(error)})."
+            return f"Rank 0, which keeps the rendezvous store, is lost: it does not answer ({_in_short(str(error))})."
         heard = "; ".join(f"rank {rank} failed in {note}" for rank, note in notes.items())
         lost = f"Not heard of (dead, hung or waiting elsewhere): {', '.join(f'rank {rank}' for rank in missing)}."
         return " ".join(part for part in (f"{heard}." if heard else "", lost if missing else "") if part)
@@ -81,8 +80,10 @@ def _is_collective_failure(error: RuntimeError) -> bool:
     return isinstance(error, distributed.DistError) or any(word in str(error) for word in _SIGNATURES)
 
 
-def _first_line(error: RuntimeError) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _in_short(cause: str) -> str:
+    """Return the first sentence, without the source file that gloo puts before it."""
+    first_line = (cause.splitlines() or ["no cause given"])[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", first_line).split(". ")[0].rstrip(".")
 
 
 def _key(rank: int) -> str:
