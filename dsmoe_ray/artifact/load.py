@@ -1,0 +1,196 @@
+"""A published model on disk, read and verified piece by piece: all of it, or a few experts.
+
+Opening an artifact checks the manifest, the small files and the sizes of the weights files. A tensor's digest is
+checked when it is first asked for, before anyone sees it; what is never asked for is never read. Tensors are views of
+the mapped files, so they cost no memory of their own until they are converted.
+
+Shape suffixes: D model width, E experts, F width of one expert.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmoe_ray.artifact.layout import expert_matrices, expert_name, is_stacked, model_shapes, stacked_name
+from dsmoe_ray.artifact.manifest import (
+    TOKENIZER,
+    ArtifactManifest,
+    read_generation_config,
+    read_index,
+    read_manifest,
+    read_model_config,
+    read_side_file,
+)
+from dsmoe_ray.artifact.weights_file import WeightsFile, digest_tensor
+from dsmoe_ray.errors import ArtifactError
+from dsmoe_ray.model.config import ModelConfig, MoeConfig
+
+
+def load_artifact(directory: Path) -> "Artifact":
+    """Open an artifact: everything but the weights is read and verified.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged, incomplete or of an unknown format; names the file.
+    """
+    manifest = read_manifest(directory)
+    return Artifact(directory, manifest, read_model_config(directory, manifest))
+
+
+class Artifact:
+    """An opened artifact; see ``load_artifact``."""
+
+    def __init__(self, directory: Path, manifest: ArtifactManifest, model_config: ModelConfig) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.model_config = model_config
+        self.generation_config: dict[str, Any] = read_generation_config(directory, manifest)
+        """Defaults for generation, such as ``eos_token_id``."""
+        self.tokenizer_json = self._read_tokenizer()
+        """Content of the verified ``tokenizer.json``."""
+        self._file_of = read_index(directory, manifest)
+        self._verified: set[str] = set()
+        # Opened, not read: a missing or shortened file is told now and not in mid-request.
+        self._files = {
+            name: WeightsFile(directory / name, size_bytes=file.size_bytes, header_sha256=file.header_sha256)
+            for name, file in manifest.weight_files.items()
+        }
+        self._check_headers()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all weights files."""
+        return sum(file.size_bytes for file in self.manifest.weight_files.values())
+
+    def load_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Return all parameters of ``Transformer`` by name, the experts of a layer stacked ``(E, F, D)``.
+
+        Args:
+            dtype: Converts, which copies; by default tensors keep their type and are views of the files.
+
+        Raises:
+            ArtifactError: a tensor does not match its digest; names it.
+        """
+        self.verify()
+        state = {}
+        for name, shape in model_shapes(self.model_config).items():
+            tensor = self._stack(name, range(shape[0])) if is_stacked(name) else self._view(name)
+            state[name] = tensor if dtype is None else tensor.to(dtype)
+        return state
+
+    def load_tensor(self, name: str) -> torch.Tensor:
+        """Return one tensor by its name in the files, verified.
+
+        Raises:
+            ArtifactError: it does not match its digest.
+            KeyError: there is no such tensor.
+        """
+        self._verify([name])
+        return self._view(name)
+
+    def load_experts(self, layer: int, expert_ids: Iterable[int]) -> dict[int, dict[str, torch.Tensor]]:
+        """Return the matrices ``w1``, ``w2`` and, for SwiGLU, ``w3`` of some FFN experts, each ``(F, D)``.
+
+        Only these are read and verified.
+
+        Raises:
+            ArtifactError: a tensor does not match its digest; names it.
+            ValueError: there is no such layer or expert.
+        """
+        wanted = list(expert_ids)
+        names = {
+            expert_id: {matrix: expert_name(self._stacked(layer, matrix), expert_id) for matrix in self._matrices}
+            for expert_id in wanted
+        }
+        num_experts = self._num_experts
+        impossible = [expert_id for expert_id in wanted if not 0 <= expert_id < num_experts]
+        if impossible:
+            raise ValueError(f"expert ids must be in [0, {num_experts}); got {impossible}")
+        self._verify([name for by_matrix in names.values() for name in by_matrix.values()])
+        return {
+            expert_id: {matrix: self._view(name) for matrix, name in by_matrix.items()}
+            for expert_id, by_matrix in names.items()
+        }
+
+    def load_wide_experts(self, layer: int) -> dict[str, torch.Tensor]:
+        """Return each matrix of all FFN experts of a layer as one wide matrix ``(E * F, D)``: a view of the file.
+
+        Raises:
+            ArtifactError: a tensor does not match its digest; names it.
+            ValueError: there is no such layer.
+        """
+        everyone = range(self._num_experts)
+        stacked = {matrix: self._stacked(layer, matrix) for matrix in self._matrices}
+        self._verify([expert_name(name, expert_id) for name in stacked.values() for expert_id in everyone])
+        return {matrix: self._stack(name, everyone).flatten(0, 1) for matrix, name in stacked.items()}
+
+    def verify(self) -> None:
+        """Check the digest of every tensor that was not checked yet.
+
+        Raises:
+            ArtifactError: one does not match; names it.
+        """
+        self._verify(list(self.manifest.tensors))
+
+    @property
+    def _num_experts(self) -> int:
+        ffn = self.model_config.ffn
+        if not isinstance(ffn, MoeConfig):
+            raise ValueError("this model has a dense FFN: there are no experts to load")
+        return ffn.num_experts
+
+    @property
+    def _matrices(self) -> tuple[str, ...]:
+        return expert_matrices(self.model_config)
+
+    def _stacked(self, layer: int, matrix: str) -> str:
+        if not 0 <= layer < self.model_config.num_layers:
+            raise ValueError(f"layer must be in [0, {self.model_config.num_layers}); got {layer}")
+        return stacked_name(layer, matrix)
+
+    def _view(self, name: str) -> torch.Tensor:
+        return self._files[self._file_of[name]].view(name)
+
+    def _stack(self, stacked: str, expert_ids: Sequence[int]) -> torch.Tensor:
+        names = [expert_name(stacked, expert_id) for expert_id in expert_ids]
+        [file_name, *others] = {self._file_of[name] for name in names}
+        if others:
+            raise ArtifactError(f"{self.directory}: {stacked} is spread over several files; write the artifact anew.")
+        return self._files[file_name].view_stacked(names)
+
+    def _verify(self, names: Sequence[str]) -> None:
+        unverified = [name for name in names if name not in self._verified]
+        # Hashing releases the interpreter lock, so it runs on all cores at once.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for name, sha256 in zip(unverified, pool.map(self._digest, unverified), strict=True):
+                if sha256 != self.manifest.tensors[name].sha256:
+                    raise ArtifactError(
+                        f"{self.directory / self._file_of[name]}: {name} does not match its SHA-256 digest: "
+                        "its bytes changed. Copy the artifact from its source again."
+                    )
+                self._verified.add(name)
+
+    def _digest(self, name: str) -> str:
+        return digest_tensor(self._view(name))
+
+    def _check_headers(self) -> None:
+        """Check that the files hold the tensors that the manifest lists, where the index says."""
+        for name, expected in self.manifest.tensors.items():
+            file = self._files[self._file_of[name]]
+            entry = file.tensors.get(name)
+            if entry is None:
+                raise ArtifactError(f"{file.path} lacks {name}, which the index places there. Write the artifact anew.")
+            if (entry.dtype, entry.shape) != (expected.dtype, expected.shape):
+                raise ArtifactError(
+                    f"{file.path}: {name} is {entry.dtype} {entry.shape}; "
+                    f"the manifest says {expected.dtype} {expected.shape}. Copy the artifact from its source again."
+                )
+
+    def _read_tokenizer(self) -> str:
+        try:
+            return read_side_file(self.directory, TOKENIZER, self.manifest).decode()
+        except UnicodeDecodeError as error:
+            raise ArtifactError(f"{self.directory / TOKENIZER} is not UTF-8: {error}.") from error
