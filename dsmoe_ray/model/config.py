@@ -5,7 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from dsmoe_ray.config_io import Config
+from dsmoe_ray.config_io import Config, parse_config
+from dsmoe_ray.errors import ConfigError
 
 
 class RoutingMode(StrEnum):
@@ -16,6 +17,16 @@ class RoutingMode(StrEnum):
     THRESHOLD = "threshold"
     THRESHOLD_TOP_K = "threshold_top_k"
     TOP_P = "top_p"
+
+
+_PARAMETERS: dict[str, str | None] = {
+    RoutingMode.DENSE: None,
+    RoutingMode.TOP_K: "top_k",
+    RoutingMode.THRESHOLD: "threshold",
+    RoutingMode.THRESHOLD_TOP_K: "threshold",
+    RoutingMode.TOP_P: "top_p",
+}
+_SPECS = "dense, top_k=K, threshold=E, threshold_top_k=E, top_p=P"
 
 
 class RoutingConfig(Config):
@@ -31,13 +42,7 @@ class RoutingConfig(Config):
 
     @model_validator(mode="after")
     def _has_what_its_mode_needs(self) -> Self:
-        needs = {
-            RoutingMode.DENSE: None,
-            RoutingMode.TOP_K: "top_k",
-            RoutingMode.THRESHOLD: "threshold",
-            RoutingMode.THRESHOLD_TOP_K: "threshold",
-            RoutingMode.TOP_P: "top_p",
-        }[self.mode]
+        needs = _PARAMETERS[self.mode]
         for name in ("top_k", "threshold", "top_p"):
             value = getattr(self, name)
             if name == needs and value is None:
@@ -46,10 +51,37 @@ class RoutingConfig(Config):
                 raise ValueError(f"routing mode {self.mode.value!r} does not use {name}={value}; remove it")
         return self
 
+    @classmethod
+    def parse(cls, spec: str) -> Self:
+        """Read a rule as a person writes it: ``dense``, ``top_k=8``, ``threshold=0.48``, ``top_p=0.9``, ...
+
+        Raises:
+            ConfigError: it is no such rule.
+        """
+        mode, separator, value = (part.strip() for part in spec.partition("="))
+        parameter = _PARAMETERS.get(mode)
+        if mode not in _PARAMETERS or bool(separator) != (parameter is not None):
+            raise ConfigError(f"routing {spec!r} is not one of {_SPECS}, for example top_k=8.")
+        values = {"mode": mode} if parameter is None else {"mode": mode, parameter: value}
+        return parse_config(values, cls, source=f"routing {spec!r}")
+
+    def to_spec(self) -> str:
+        """Return the text that ``parse`` reads back to this rule."""
+        parameter = _PARAMETERS[self.mode]
+        if parameter is None:
+            return self.mode.value
+        # Every digit counts, but a whole threshold is written without a fraction.
+        return f"{self.mode.value}={getattr(self, parameter)}".removesuffix(".0")
+
     def check_against(self, num_experts: int) -> None:
         """Raise ``ValueError`` if this choice is impossible among ``num_experts``."""
         if self.top_k is not None and self.top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts; got top_k={self.top_k}, num_experts={num_experts}")
+        if self.threshold is not None and self.threshold >= num_experts:
+            raise ValueError(
+                f"threshold must be below num_experts, as no num_experts * probability exceeds that; "
+                f"got threshold={self.threshold}, num_experts={num_experts}"
+            )
 
 
 class RouterConfig(Config):

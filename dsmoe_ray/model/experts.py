@@ -6,7 +6,7 @@ one wide GEMM down. Only the pre-activation is kept for the backward pass; the g
 because an element-wise pass costs less than the memory it would hold.
 
 Shape suffixes: T tokens owned here, N tokens seen here (all owners'), D model width, L experts held here, F width of
-one expert, H = L * F.
+one expert, H = the experts of a wide FFN times F, K experts of a token.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +17,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
+
+# For one token and experts up to this size, copying the selected weights together costs less than a loop over experts;
+# larger ones are bound by reading weights, which a copy would triple.
+_GATHERED_EXPERT_ELEMENTS = 1 << 16
 
 
 class WideWeights(NamedTuple):
@@ -82,27 +86,67 @@ def sparse_forward(
     w2_LFD: torch.Tensor,
     w3_LFD: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Run only the selected experts, each once on all of its tokens, and sum in expert order.
+    """Run only the selected experts and sum in expert order.
 
     Returns:
         ``(N, D)`` in the type of ``x_ND``; zeros for a token without a selected expert.
     """
+    if len(x_ND) == 1 and w1_LFD[0].numel() <= _GATHERED_EXPERT_ELEMENTS:
+        return _run_one_token(x_ND, gates_NL, selected_NL, w1_LFD=w1_LFD, w2_LFD=w2_LFD, w3_LFD=w3_LFD)
+    return _run_by_expert(x_ND, gates_NL, selected_NL, w1_LFD=w1_LFD, w2_LFD=w2_LFD, w3_LFD=w3_LFD)
+
+
+def _run_by_expert(
+    x_ND: torch.Tensor,
+    gates_NL: torch.Tensor,
+    selected_NL: torch.Tensor,
+    *,
+    w1_LFD: torch.Tensor,
+    w2_LFD: torch.Tensor,
+    w3_LFD: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run each selected expert once on all of its tokens."""
     y_ND = torch.zeros_like(x_ND)
     # unbind gives one gradient stack per weight; indexing each expert would fill a full-size zero gradient per expert.
     w1s, w2s = w1_LFD.unbind(0), w2_LFD.unbind(0)
     w3s = w3_LFD.unbind(0) if w3_LFD is not None else [None] * len(w1s)
-    _, token_ids = selected_NL.t().nonzero(as_tuple=True)
+    expert_idxs, token_ids = selected_NL.t().nonzero(as_tuple=True)
     num_tokens_per_expert = selected_NL.sum(0).tolist()
+    gates = gates_NL[token_ids, expert_idxs].unsqueeze(-1).to(x_ND.dtype).split(num_tokens_per_expert)
     for expert_idx, tokens in enumerate(token_ids.split(num_tokens_per_expert)):
         if len(tokens) == 0:
             continue
-        x = x_ND[tokens]
+        # Gathered expert by expert: one gather of all (token, expert) pairs would leave the processor's caches.
+        x = x_ND.index_select(0, tokens)
         w3 = w3s[expert_idx]
         up = functional.linear(x, w1s[expert_idx])
         hidden = functional.gelu(up) if w3 is None else functional.silu(up) * functional.linear(x, w3)
-        gated = hidden * gates_NL[tokens, expert_idx].unsqueeze(-1).to(hidden.dtype)
-        y_ND = y_ND.index_add(0, tokens, gated @ w2s[expert_idx])
+        # In place: nothing in the backward pass reads the running sum.
+        y_ND.index_add_(0, tokens, (hidden * gates[expert_idx]) @ w2s[expert_idx])
     return y_ND
+
+
+def _run_one_token(
+    x_1D: torch.Tensor,
+    gates_1L: torch.Tensor,
+    selected_1L: torch.Tensor,
+    *,
+    w1_LFD: torch.Tensor,
+    w2_LFD: torch.Tensor,
+    w3_LFD: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run the experts of a single token as one FFN of their joint width, made of copies of their weights."""
+    expert_idxs = selected_1L[0].nonzero().squeeze(-1)
+    w1_HD, w2_HD = w1_LFD.index_select(0, expert_idxs).flatten(0, 1), w2_LFD.index_select(0, expert_idxs).flatten(0, 1)
+    up_1H = functional.linear(x_1D, w1_HD)
+    if w3_LFD is None:
+        hidden_1H = functional.gelu(up_1H)
+    else:
+        w3_HD = w3_LFD.index_select(0, expert_idxs).flatten(0, 1)
+        hidden_1H = functional.silu(up_1H) * functional.linear(x_1D, w3_HD)
+    gates_1K1 = _broadcastable(gates_1L.index_select(1, expert_idxs), hidden_1H)
+    gated_1KF = hidden_1H.view(1, len(expert_idxs), w1_LFD.shape[1]) * gates_1K1
+    return gated_1KF.flatten(1) @ w2_HD
 
 
 class DenseExperts(torch.autograd.Function):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dsmoe_ray.model.config import MoaConfig, MoeConfig, RoutingConfig
+from dsmoe_ray.model.config import MoaConfig, MoeConfig
 from dsmoe_ray.training.config import TrainingRunConfig
 
 # A byte-level vocabulary has every byte and the token that ends a document.
@@ -46,13 +46,8 @@ def describe_deployed(config: TrainingRunConfig) -> str:
     parts = []
     for name, mixture in (("attention", config.model.attention), ("ffn", config.model.ffn)):
         if isinstance(mixture, MoaConfig | MoeConfig):
-            parts.append(f"{name} {_describe_routing(mixture.router.inference)} of {mixture.num_experts}")
+            parts.append(f"{name} {mixture.router.inference.to_spec()} of {mixture.num_experts}")
     return ", ".join(parts) or "no mixtures"
-
-
-def _describe_routing(routing: RoutingConfig) -> str:
-    value = routing.top_k or routing.threshold or routing.top_p
-    return routing.mode.value if value is None else f"{routing.mode.value}={value:g}"
 
 
 def _check_mesh(config: TrainingRunConfig) -> Check:
