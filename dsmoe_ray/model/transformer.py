@@ -4,7 +4,7 @@ weights sees one forward call.
 Shape suffixes: B sequences, S positions, T = B * S tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,21 +79,26 @@ class Block(nn.Module):
         else:
             self.ffn = DenseFfn(config.ffn, d_model=config.d_model)
         self.recompute_attention = recompute_attention
+        self._run_attention: Callable[..., tuple[torch.Tensor, Routing | None]] = self._attend
 
     def forward(
         self, x_BSD: torch.Tensor, context: AttentionContext, routing: LayerRouting, exchange: TokenExchange
     ) -> tuple[torch.Tensor, Routing | None, Routing | None]:
         """Return the residual stream and the routings of attention and FFN."""
         if self.recompute_attention:
-            attended, attention_routing = checkpoint(self._attend, x_BSD, context, routing, use_reentrant=False)
+            attended, attention_routing = checkpoint(self._run_attention, x_BSD, context, routing, use_reentrant=False)
         else:
-            attended, attention_routing = self._attend(x_BSD, context, routing)
+            attended, attention_routing = self._run_attention(x_BSD, context, routing)
         x_BSD = x_BSD + attended
         normed = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, DenseFfn):
             return x_BSD + self.ffn(normed), attention_routing, None
         fed, ffn_routing = self.ffn(normed, routing.ffn, exchange)
         return x_BSD + fed, attention_routing, ffn_routing
+
+    def compile_attention(self) -> None:
+        """Run the attention half, whose many small operations torch.compile fuses, as compiled code from now on."""
+        self._run_attention = torch.compile(self._attend)
 
     def _attend(
         self, x_BSD: torch.Tensor, context: AttentionContext, routing: LayerRouting
