@@ -25,7 +25,8 @@ class DataConfig(Config):
     tokenizer: str | None = None
     """Path of a ``tokenizer.json``; by default a byte-level BPE of ``model.vocab_size`` is trained on the data."""
     held_out_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.02
-    """Share of documents kept for evaluation, chosen by a hash of their name (files) or content (rows)."""
+    """Share of documents kept for evaluation, chosen by a hash of their name (files) or content (rows); of two or
+    more files at least one."""
     document_boundaries: bool = False
     """Tokens attend within their own document only, and no loss crosses from one to the next."""
     prepared_dir: str | None = None

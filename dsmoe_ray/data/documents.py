@@ -6,6 +6,7 @@ bad in a row or a file raises here: it becomes a ``BadRow``, which the caller co
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -144,7 +145,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def _read_text(piece: Slice) -> Document | BadRow:
     with open(piece.path, "rb") as stream:
         data = stream.read()
-    return _to_document(data, identity=piece.name.encode(errors="surrogateescape"))
+    return _to_document(data, identity=os.fsencode(piece.name))
 
 
 def _read_jsonl(piece: Slice, *, field: str) -> Iterator[Document | BadRow | None]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import ray.data
-from ray.exceptions import RayTaskError
 
 from dsmoe_ray.data.bad_rows import SliceAccount, tally
 from dsmoe_ray.data.config import DataConfig
@@ -37,7 +36,7 @@ from dsmoe_ray.data.prepared import (
 )
 from dsmoe_ray.data.shard_index import token_dtype_name
 from dsmoe_ray.data.shard_writer import TokenShardWriter
-from dsmoe_ray.data.sources import expand_path, list_sources
+from dsmoe_ray.data.sources import choose_held_out_ratio, expand_path, list_sources
 from dsmoe_ray.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from dsmoe_ray.durable import commit_directory, delete_directory, recover_directory, write_durably
 from dsmoe_ray.errors import DataError
@@ -85,6 +84,7 @@ def prepare_data(
         unit_bytes = sum(source.size_bytes for source in sources) // _AIMED_NUM_UNITS
         unit_bytes = min(max(unit_bytes, _MIN_UNIT_BYTES), _MAX_UNIT_BYTES)
         units = plan_units(sources, text_format=config.format, field=config.field, unit_bytes=unit_bytes)
+        config = config.model_copy(update={"held_out_ratio": choose_held_out_ratio(sources, config=config)})
         job = _Preparation(config, vocab_size, units, target, on_progress or _ignore_progress)
         return job.run(tokenizer=given, request_digest=request_digest)
 
@@ -160,6 +160,8 @@ class _Preparation:
         done_bytes, total_bytes = 0, sum(sizes_bytes)
         self.on_progress("tokenize", 0, total_bytes)
         for row in _map_quietly(items, shared):
+            if row["mistake"]:
+                raise DataError(row["mistake"])
             accounts[row["unit"]] = [SliceAccount(**fields) for fields in json.loads(row["accounts"])]
             done_bytes += sizes_bytes[row["unit"]]
             self.on_progress("tokenize", done_bytes, total_bytes)
@@ -216,31 +218,29 @@ def _check_both_have_documents(num_train: int, num_held_out: int, *, ratio: floa
 
 def _map_quietly(items: list[dict[str, Any]], shared: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the result of each unit as it comes, with Ray Data's own bars and messages off."""
+    if not items:
+        return
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    ray_logger = logging.getLogger("ray.data")
-    level = ray_logger.level
-    ray_logger.setLevel(logging.WARNING)
+    with _quiet_ray_data(), ray.data.DataContext.current(context):
+        # One row a block, so that each unit is a task of its own.
+        dataset = ray.data.from_items(items, override_num_blocks=len(items))
+        yield from dataset.map(partial(_tokenize_unit, **shared)).iter_rows()
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Keep Ray Data's warnings, but neither its account of each execution nor its regret that bars are off."""
+    levels = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    loggers = [(logging.getLogger(name), logging.getLogger(name).level, level) for name, level in levels.items()]
+    for named, _, level in loggers:
+        named.setLevel(level)
     try:
-        with ray.data.DataContext.current(context):
-            # One row a block, so that each unit is a task of its own.
-            dataset = ray.data.from_items(items, override_num_blocks=len(items))
-            yield from dataset.map(partial(_tokenize_unit, **shared)).iter_rows()
-    except RayTaskError as error:
-        _raise_cause(error)
+        yield
     finally:
-        ray_logger.setLevel(level)
-
-
-def _raise_cause(error: RayTaskError) -> None:
-    """Raise the mistake of a person that a task ran into as such, without the traceback of the worker."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, DataError):
-            raise DataError(str(cause.args[0])) from error
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    raise error
+        for named, level_before, _ in loggers:
+            named.setLevel(level_before)
 
 
 def _tokenize_unit(
@@ -257,7 +257,9 @@ def _tokenize_unit(
     unit = [Slice(**fields) for fields in json.loads(row["slices"])]
     for path in [parts_dir, *(piece.path for piece in unit if piece.size_bytes)]:
         if not os.path.exists(path):
-            raise DataError(f"{path} is not there on node {os.uname().nodename}. Use a filesystem that all nodes see.")
+            # Returned and not raised, because Ray Data would dress it in its own words and stacks.
+            mistake = f"{path} is not there on node {os.uname().nodename}. Put it on a filesystem that all nodes see."
+            return {"unit": row["unit"], "accounts": "[]", "mistake": mistake}
     # A task owns one CPU; the tokenizer's threads would take all of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = _load_once(tokenizer_path, tokenizer_digest)
@@ -274,7 +276,7 @@ def _tokenize_unit(
             held_out_lengths=held_out.lengths,
         )
     unfinished.rename(part_path)
-    return {"unit": row["unit"], "accounts": json.dumps([asdict(account) for account in accounts])}
+    return {"unit": row["unit"], "accounts": json.dumps([asdict(account) for account in accounts]), "mistake": ""}
 
 
 @lru_cache(maxsize=1)

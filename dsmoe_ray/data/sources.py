@@ -5,6 +5,7 @@ machine and every number of workers comes to the same corpus.
 """
 
 import hashlib
+import math
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from dsmoe_ray.data.config import DataConfig
 from dsmoe_ray.errors import DataError
 
 _HASH_BYTES = 8
@@ -24,9 +26,14 @@ class SourceFile:
     path: str
     """Where it is, absolute."""
     name: str
-    """Its path relative to the source it was found in, with ``/``; what the held-out choice hashes."""
+    """Its path relative to the source it was found in, with ``/``; what decides whether it is held out."""
     size_bytes: int
     mtime_ns: int
+
+    @property
+    def identity(self) -> bytes:
+        """Return what decides whether a file that is one document is held out."""
+        return os.fsencode(self.name)
 
 
 def list_sources(paths: Sequence[str], *, include: str = "*", exclude: Sequence[str] = ()) -> list[SourceFile]:
@@ -65,6 +72,16 @@ def hash_unit(identity: bytes) -> float:
     digest = hashlib.blake2b(identity, digest_size=_HASH_BYTES, person=b"dsmoe-data").digest()
     # 53 bits, so that the quotient is exact and never rounds up to 1.
     return (int.from_bytes(digest, "big") >> 11) / (1 << 53)
+
+
+def choose_held_out_ratio(sources: Sequence[SourceFile], *, config: DataConfig) -> float:
+    """Return ``config.held_out_ratio``, or as much more as it takes to hold out one of a few files.
+
+    Rows are too many to know before they are read; for them it is always the configured one.
+    """
+    if config.format != "text" or len(sources) < 2:
+        return config.held_out_ratio
+    return max(config.held_out_ratio, math.nextafter(min(hash_unit(source.identity) for source in sources), 1.0))
 
 
 def is_held_out(identity: bytes, ratio: float) -> bool:

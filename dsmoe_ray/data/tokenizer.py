@@ -6,6 +6,7 @@ packs documents puts it between them.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ _OTHER_ENDS_OF_TEXT = ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 _BYTE_LEVEL_SIZE = 1 + 256
 
 _PIECE_CHARS = 1 << 20
+_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -147,25 +149,15 @@ def _find_end_of_text(backend: Tokenizer, *, source: str) -> int:
 
 
 def _split(text: str) -> Iterator[str]:
-    """Cut a long text after line ends between two printing characters, where a byte-level tokenizer never merges.
+    """Cut a long text where a byte-level tokenizer never merges: before a lone space, or after a lone line end.
 
-    Others may at most give a different token there, once in a million characters. In one piece a file of a gigabyte
-    would not do: while it is made, an encoding costs about a hundred bytes a token.
+    In one piece a file of a gigabyte would not do: while it is made, an encoding costs about a hundred bytes a token.
     """
     start = 0
     while len(text) - start > _PIECE_CHARS:
-        cut = _find_cut(text, start + _PIECE_CHARS)
+        cut = _CUT.search(text, start + _PIECE_CHARS)
         if cut is None:
             break
-        yield text[start:cut]
-        start = cut
+        yield text[start : cut.start()]
+        start = cut.start()
     yield text[start:]
-
-
-def _find_cut(text: str, start: int) -> int | None:
-    newline = text.find("\n", start)
-    while newline >= 0:
-        if not text[newline - 1].isspace() and not text[newline + 1 : newline + 2].isspace():
-            return newline + 1
-        newline = text.find("\n", newline + 1)
-    return None
