@@ -17,8 +17,8 @@ setup_venv() {
   fi
   printf 'Installing into .venv; the first time this takes a few minutes\n' >&2
   # torch first and by itself: left to the resolver, a newer one could be chosen.
-  .venv/bin/python -m pip install --quiet "$torch" || return 1
-  .venv/bin/python -m pip install --quiet -e ".${extras:+[$extras]}" "$torch" || return 1
+  .venv/bin/python -m pip install -qq "$torch" || return 1
+  .venv/bin/python -m pip install -qq -e ".${extras:+[$extras]}" "$torch" || return 1
   printf '%s' "$digest" >".venv/.setup-${extras:-base}"
 }
 

@@ -38,7 +38,6 @@ DOORS = {
     "torch.distributed": ("parallel/", "training/checkpoint.py"),
 }
 TORCH_FREE = ("config_io", "config_messages", "errors", "cli.main", "cli.validate", "training.validation")
-RAY_FREE = ("training.train_step", "training.checkpoint", "inference.engine", "bench.train", "parallel.collectives")
 
 
 def name_of(path: Path) -> str:
@@ -122,21 +121,14 @@ def test_imports_stand_at_the_top_except_in_the_command_line():
     assert not wrong
 
 
-def test_the_ground_stays_torch_free_and_what_gpu_machines_run_stays_ray_free():
-    existing = [[f"dsmoe_ray.{name}" for name in names if is_module(name)] for names in (TORCH_FREE, RAY_FREE)]
+def test_the_ground_stays_free_of_torch_and_ray():
     script = (
         "import importlib, sys\n"
-        f"for name in {existing[0]}: importlib.import_module(name)\n"
-        "assert not {'torch', 'ray'} & set(sys.modules), 'torch or ray was loaded'\n"
-        f"for name in {existing[1]}: importlib.import_module(name)\n"
-        "assert 'ray' not in sys.modules, 'ray was loaded'\n"
+        f"for name in {TORCH_FREE}: importlib.import_module('dsmoe_ray.' + name)\n"
+        "assert not {'torch', 'ray', 'numpy'} & set(sys.modules), 'a heavy library was loaded'"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def is_module(name: str) -> bool:
-    return (PACKAGE / f"{name.replace('.', '/')}.py").is_file()
 
 
 def test_the_top_level_holds_only_what_was_agreed():
