@@ -33,7 +33,7 @@ DOORS = {
     "dill": (),
     "marshal": (),
     "shelve": (),
-    "ray": ("data/prepare.py", "training/expert_shard.py", "training/ray_shard_group.py", "cli/"),
+    "ray": ("data/prepare.py", "training/expert_shard.py", "training/ray_session.py", "training/ray_shard_group.py"),
     "grpc": ("serving/wire/grpc_transport.py", "serving/grpc_api.py"),
     "torch.distributed": ("parallel/", "training/checkpoint.py"),
 }
