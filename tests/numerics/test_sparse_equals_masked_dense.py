@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dsmoe_ray.model import experts as experts_module
 from dsmoe_ray.model.config import RoutingConfig
 from tests.numerics.references import (
     EXACT,
@@ -67,6 +68,34 @@ def test_a_sparse_attention_mixture_is_the_dense_formula_with_other_gates_zero(r
     assert 0 < int(decision.selected_TE.sum()) < decision.selected_TE.numel()
     expected = sum_of_attentions(moa, x_BSD, gates_TE.view(2, 6, 4))
     assert_same(found, expected, **with_parameters(x_BSD, moa))
+
+
+@RULES
+@ACTIVATIONS
+@pytest.mark.parametrize("largest_copied", [0, 1 << 16], ids=["by-expert", "copied-together"])
+def test_a_single_token_is_the_dense_formula_too(routing, activation, largest_copied, monkeypatch):
+    """One token may take a path of its own: its experts' weights copied together into one narrow FFN."""
+    monkeypatch.setattr(experts_module, "_GATHERED_EXPERT_ELEMENTS", largest_copied)
+    moe = make_moe(activation=activation, router=router_values(gates="renormalized", gate_scale=2.0))
+    for seed in range(3):
+        x_BSD = randn(1, 1, 6, seed=seed).requires_grad_()
+        found, _ = moe(x_BSD, routing)
+        gates_TE = router_gates(moe.router, x_BSD[0], routing)
+        expected = sum_of_experts(moe.experts, x_BSD[0], gates_TE).view_as(x_BSD)
+        assert_same(found, expected, **with_parameters(x_BSD, moe))
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_a_token_without_an_expert_leaves_zero_gradients_in_all_weights(activation, num_tokens):
+    experts = make_moe(activation=activation).experts
+    x_TD = randn(num_tokens, 6, seed=1).requires_grad_()
+    y_TD = experts(x_TD, torch.zeros(num_tokens, 5).double(), torch.zeros(num_tokens, 5, dtype=torch.bool))
+    assert torch.equal(y_TD, torch.zeros_like(y_TD))
+    if y_TD.requires_grad:
+        y_TD.sum().backward()
+        for weight in experts.parameters():
+            assert weight.grad is None or torch.equal(weight.grad, torch.zeros_like(weight))
 
 
 @ACTIVATIONS

@@ -1,8 +1,11 @@
 """What a model config refuses, with a message that says what to change, and the twin it derives."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.model.config import GqaConfig, MoaConfig, ModelConfig, MoeConfig, RouterConfig, RoutingConfig
 
 VALUES = {
@@ -34,6 +37,34 @@ VALUES = {
 def test_a_routing_rule_has_what_it_needs_and_nothing_else(values, message):
     with pytest.raises(ValidationError, match=message):
         RoutingConfig.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("spec", "values"),
+    [
+        ("dense", {"mode": "dense"}),
+        ("top_k=8", {"mode": "top_k", "top_k": 8}),
+        ("threshold=0.48", {"mode": "threshold", "threshold": 0.48}),
+        ("threshold_top_k=1", {"mode": "threshold_top_k", "threshold": 1.0}),
+        ("top_p=0.9", {"mode": "top_p", "top_p": 0.9}),
+    ],
+)
+def test_a_rule_is_written_as_on_the_command_line(spec, values):
+    rule = RoutingConfig.model_validate(values)
+    assert RoutingConfig.parse(spec) == rule
+    assert rule.to_spec() == spec
+
+
+@given(st.floats(0.0, 1e9))
+def test_a_written_rule_reads_back_to_the_same_number(value):
+    rule = RoutingConfig(mode="threshold", threshold=value)
+    assert RoutingConfig.parse(rule.to_spec()) == rule
+
+
+@pytest.mark.parametrize("spec", ["", "top_k", "top_k=", "top_k=two", "top_k=0", "dense=1", "best=3", "top_p=2", "=3"])
+def test_what_is_no_rule_is_refused_by_its_text(spec):
+    with pytest.raises(ConfigError, match=f"routing {spec!r}"):
+        RoutingConfig.parse(spec)
 
 
 @pytest.mark.parametrize(
