@@ -6,7 +6,6 @@ on who tokenized what when; no task or block holds more than a unit; and what tr
 directory gets its name when it is complete, so a killed preparation leaves nothing that could be taken for a result.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from dsmoe_ray.data.prepared import (
     PreparedData,
     digest_request,
     find_up_to_date,
+    only_one_at_a_time,
     refuse_foreign,
     write_report,
 )
@@ -75,7 +75,7 @@ def prepare_data(
     sources = list_sources(config.paths, include=config.include, exclude=config.exclude)
     request_digest = digest_request(sources, config=config, vocab_size=vocab_size, tokenizer=given)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one_at_a_time(target):
+    with only_one_at_a_time(target):
         recover_directory(target)
         found = find_up_to_date(target, request_digest=request_digest, vocab_size=vocab_size)
         if found is not None:
@@ -287,20 +287,6 @@ def _load_once(path: str, digest: str) -> TextTokenizer:
 
 def _part_path(parts_dir: Path, unit: int) -> Path:
     return parts_dir / f"{unit:06d}.npz"
-
-
-@contextmanager
-def _only_one_at_a_time(target: Path) -> Iterator[None]:
-    """Hold a lock beside the target, so that runs which share it prepare once and do not disturb each other."""
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("waiting for another process that prepares %s", target)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.warning("no file locks at %s (%s): do not prepare it twice at once", target.parent, error)
-        yield
 
 
 def _ignore_progress(phase: str, done: int, total: int) -> None:

@@ -4,9 +4,12 @@ Holds ``tokenizer.json``, ``train/`` and ``held_out/`` (token shards) and ``repo
 names by a digest what the data was made from.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +129,20 @@ def refuse_foreign(directory: Path) -> None:
             f"{directory} holds something else than prepared data, and preparing would replace it. Set "
             "data.prepared_dir to a directory that is new or empty."
         )
+
+
+@contextmanager
+def only_one_at_a_time(target: Path) -> Iterator[None]:
+    """Hold a lock beside the target, so that runs which share it prepare once and do not disturb each other."""
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that prepares %s", target)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning("no file locks at %s (%s): do not prepare it twice at once", target.parent, error)
+        yield
 
 
 def _from_fields(directory: Path, fields: dict[str, Any]) -> PreparedData:

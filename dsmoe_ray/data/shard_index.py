@@ -7,6 +7,7 @@
   int64. A file and not a list in the index, because a large corpus has hundreds of millions.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ class TokenIndex:
     shards: tuple[ShardFile, ...]
     documents_sha256: str
     version: int = FORMAT_VERSION
+
+    @property
+    def stream_digest(self) -> str:
+        """Return a SHA-256 that is equal for equal tokens: a run that goes on must find what it began with."""
+        digests = [self.documents_sha256, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def read_index(directory: Path) -> TokenIndex:

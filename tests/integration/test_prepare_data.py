@@ -181,7 +181,9 @@ def test_a_corpus_without_a_document_is_refused_with_the_reasons(tmp_path):
 
 def test_a_corpus_without_a_row_is_refused(tmp_path):
     pq.write_table(pa.table({"text": pa.array([], type=pa.string())}), tmp_path / "rows.parquet")
-    check_refused(tmp_path, make_config(tmp_path / "rows.parquet", format="parquet"), "no document.*its files are empty")
+    check_refused(
+        tmp_path, make_config(tmp_path / "rows.parquet", format="parquet"), "no document.*its files are empty"
+    )
 
 
 def test_a_corpus_with_nothing_on_one_side_is_refused_with_the_ratio(tmp_path):

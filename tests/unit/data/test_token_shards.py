@@ -74,6 +74,14 @@ def test_shards_in_memory_read_like_those_on_disk(tmp_path, tokenizer):
             np.testing.assert_array_equal(mine, theirs)
 
 
+def test_the_stream_digest_is_equal_for_equal_tokens_only(tmp_path, tokenizer):
+    digests = [
+        read_index(write(tmp_path / str(number), documents, tokenizer)).stream_digest
+        for number, documents in enumerate([make_documents(), make_documents(), make_documents(seed=1)])
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_no_documents_and_too_short_a_stream_are_told():
     with pytest.raises(DataError, match="no document"):
         TokenShards.from_documents([], vocab_size=VOCAB_SIZE)
