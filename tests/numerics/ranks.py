@@ -22,7 +22,8 @@ import torch
 from dsmoe_ray.parallel.collectives import join_world, leave_world
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.tensor", "dsmoe_ray.parallel.collectives"])
+# torch.optim imports torch._dynamo on first use, which takes longer than most tests.
+_server.set_forkserver_preload(["pytest", "torch._dynamo", "torch.utils.checkpoint", "dsmoe_ray.parallel.fsdp"])
 
 
 class RankProcess:
