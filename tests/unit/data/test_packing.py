@@ -35,7 +35,7 @@ def plan(config: DataConfig):
 
 
 def test_packed_documents_end_with_end_of_text_and_keep_their_order(tokenizer):
-    texts = ["some words", "to learn", "x " * 600_000, "the end"]
+    texts = ["some words", "to learn", "merge " * 180_000, "the end"]
     packed = pack_documents((Document(text, b"") for text in texts), tokenizer)
     starts = np.cumsum(packed.lengths) - packed.lengths
     for text, start, length in zip(texts, starts, packed.lengths, strict=True):
