@@ -70,9 +70,24 @@ class RankTraffic:
     exchange_bytes: int
     """The same over all layers."""
     reduction_bytes: int
-    """Gradient reduction, once a step."""
+    """Gradient reduction: once a step, or once a micro-step where FSDP2 does it."""
     gather_bytes: int
-    """Weights gathered by FSDP2 where parameters are sharded, forward and backward of every micro-step."""
+    """Weights gathered by FSDP2 where parameters are sharded, every micro-step."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters that are treated alike."""
+
+    num_parameters: int
+    """On one rank, if FSDP2 did not shard them."""
+    num_shards: int
+    num_copies: int
+    """Ranks that hold the same shard."""
+    gather_bytes: int
+    """Bytes of one parameter while it is gathered."""
+    is_root: bool = False
+    """Gathered once and kept until the backward pass is done: embedding, head and last norm."""
 
 
 def count_held_parameters(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, int]:
@@ -106,15 +121,23 @@ def compute_rank_memory(model: ModelConfig, parallel: ParallelConfig, step: Step
 def compute_rank_traffic(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> RankTraffic:
     """Count the bytes one rank sends in a step.
 
-    Per layer and micro-step, with n = ep: tokens and gates are gathered, ``(n-1) T (c D + 4 Ef)``, and outputs reduced,
-    ``(n-1) T c D``; backward the same in the other order. Full checkpointing repeats the forward half.
+    Per layer and micro-step, with n = ep: tokens and gates are gathered, ``(n-1) T (c D + 4 Ef)`` by NCCL's all-gather
+    and ``(n-1) T (c D + 4 Ef / n)`` by gloo's messages; outputs return, ``(n-1) T c D``; backward, ``(n-1) T c D`` and
+    ``(n-1) T (c D + 4 Ef / n)``. Full checkpointing repeats the forward half.
 
-    Gradients, once a step, as rings do it: an all-reduce of B bytes over r ranks sends ``2 B (r-1)/r``, a
-    reduce-scatter or an all-gather ``B (r-1)/r``. A replicated trunk is all-reduced over all ranks; a sharded one is
-    reduce-scattered over dp_shard x ep and its share all-reduced over dp_replicate; experts likewise over dp_shard.
+    Gradients and weights, as rings move them: an all-reduce of B bytes over r ranks sends ``2 B (r-1)/r``, a
+    reduce-scatter or an all-gather ``B (r-1)/r``. What FSDP2 shards is gathered forward and backward (its root once)
+    and reduce-scattered, then all-reduced over dp_replicate, every micro-step; all else is all-reduced once a step.
     """
     per_layer = _exchange_per_layer_bytes(model, parallel, step)
-    reduction, gather = _gradient_traffic(model, parallel, step)
+    reduction = gather = 0.0
+    for part in _split_parameters(model, parallel, step):
+        is_sharded = part.num_shards > 1
+        scattered = MASTER_BYTES * part.num_parameters * _ring_share(part.num_shards)
+        reduced = 2 * MASTER_BYTES * part.num_parameters / part.num_shards * _ring_share(part.num_copies)
+        reduction += (scattered + reduced) * (step.num_micro_steps if is_sharded else 1)
+        gathered = part.gather_bytes * part.num_parameters * _ring_share(part.num_shards)
+        gather += gathered * (1 if part.is_root else 2) * step.num_micro_steps
     return RankTraffic(
         exchange_per_layer_bytes=per_layer,
         exchange_bytes=per_layer * model.num_layers,
@@ -123,34 +146,53 @@ def compute_rank_traffic(model: ModelConfig, parallel: ParallelConfig, step: Ste
     )
 
 
-def _working_copies_bytes(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> int:
-    """Return the bytes of weights in a second place.
-
-    bfloat16: ``2 B`` per parameter of the layers whose copies live until their backward pass (all of them; of parts
-    that are recomputed, one layer), of one layer's gradients, and of the head. Sharded parameters instead have ``c B``
-    per parameter of two gathered layers, whichever the type.
-    """
+def _split_parameters(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> tuple[_Part, _Part, _Part]:
+    """Return the trunk's layers, its root, and the experts."""
     counts = count_parameters(model)
-    compute_bytes = COMPUTE_BYTES[step.dtype]
+    experts = counts.ffn if isinstance(model.ffn, MoeConfig) else 0
+    root = counts.embedding + counts.head + model.d_model
+    num_shards = parallel.dp_shard * parallel.ep if parallel.trunk == "shard" else 1
+    num_copies = parallel.world_size // num_shards
+    return (
+        # The trunk is gathered as it is stored, and cast where it is used.
+        _Part(counts.total - experts - root, num_shards, num_copies, MASTER_BYTES),
+        _Part(root, num_shards, num_copies, MASTER_BYTES, is_root=True),
+        _Part(experts // parallel.ep, parallel.dp_shard, parallel.dp_replicate, COMPUTE_BYTES[step.dtype]),
+    )
+
+
+def _working_copies_bytes(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> int:
+    """Return the bytes of weights in a second place: casts to bfloat16, and what FSDP2 gathers."""
+    total = _cast_bytes(model, parallel, step)
+    for part in _split_parameters(model, parallel, step):
+        if part.num_shards == 1:
+            continue
+        # Its whole gradient is there too, before it is scattered.
+        gathered_bytes = (part.gather_bytes + MASTER_BYTES) * part.num_parameters
+        total += gathered_bytes * (1.0 if part.is_root else GATHERED_LAYERS / model.num_layers)
+    return round(total)
+
+
+def _cast_bytes(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> float:
+    """Return ``2 B`` per parameter whose cast to bfloat16 lives until its backward pass, 0 for float32.
+
+    These are the matrices of all layers (of parts that are recomputed, one layer's), one layer's gradients and the
+    head. Experts gathered by FSDP2 are cast on the way and need no other copy.
+    """
+    if step.dtype == "float32":
+        return 0.0
+    counts = count_parameters(model)
     one_layer = 1 / model.num_layers
-    is_moe = isinstance(model.ffn, MoeConfig)
     ffn_router = model.num_layers * ffn_router_parameters(model)
+    experts = 0
+    if isinstance(model.ffn, MoeConfig) and parallel.dp_shard == 1:
+        experts = counts.ffn // parallel.ep
+    ffn = ffn_router + (experts if isinstance(model.ffn, MoeConfig) else counts.ffn)
     attention = counts.attention + counts.routers - ffn_router
     attention_live = 1.0 if step.activation_checkpointing == "none" else one_layer
     ffn_live = one_layer if step.activation_checkpointing == "full" else 1.0
-    total = 0.0
-    for parameters, is_sharded, share_live in (
-        (attention, parallel.trunk == "shard", attention_live),
-        (ffn_router if is_moe else counts.ffn, parallel.trunk == "shard", ffn_live),
-        (counts.ffn // parallel.ep if is_moe else 0, parallel.dp_shard > 1, ffn_live),
-    ):
-        if is_sharded:
-            total += compute_bytes * parameters * GATHERED_LAYERS * one_layer
-        elif step.dtype == "bfloat16":
-            total += compute_bytes * parameters * (share_live + one_layer)
-    if parallel.trunk == "shard" or step.dtype == "bfloat16":
-        total += compute_bytes * model.vocab_size * model.d_model
-    return round(total)
+    live = attention * (attention_live + one_layer) + ffn * (ffn_live + one_layer)
+    return 2.0 * (live + model.vocab_size * model.d_model)
 
 
 def _activations_bytes(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> int:
@@ -240,28 +282,12 @@ def _exchange_per_layer_bytes(model: ModelConfig, parallel: ParallelConfig, step
         return 0
     tokens = COMPUTE_BYTES[step.dtype] * model.d_model
     gates = 4 * model.ffn.num_experts
-    num_passes = 3 if step.activation_checkpointing == "full" else 2
-    per_token = num_passes * (2 * tokens + gates)
+    own_gates = gates // parallel.ep
+    forward = 2 * tokens + (gates if parallel.device == "cuda" else own_gates)
+    backward = 2 * tokens + own_gates
+    num_forwards = 2 if step.activation_checkpointing == "full" else 1
+    per_token = num_forwards * forward + backward
     return (parallel.ep - 1) * step.num_tokens_per_micro_step * per_token * step.num_micro_steps
-
-
-def _gradient_traffic(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> tuple[float, float]:
-    """Return the bytes of gradient reduction and of gathered weights in a step."""
-    counts = count_parameters(model)
-    experts = counts.ffn if isinstance(model.ffn, MoeConfig) else 0
-    trunk, experts_held = counts.total - experts, experts / parallel.ep
-    num_trunk_shards = parallel.dp_shard * parallel.ep if parallel.trunk == "shard" else 1
-    num_trunk_copies = parallel.world_size // num_trunk_shards
-    reduction = gather = 0.0
-    for parameters, num_shards, num_copies in (
-        (trunk, num_trunk_shards, num_trunk_copies),
-        (experts_held, parallel.dp_shard, parallel.dp_replicate),
-    ):
-        reduction += MASTER_BYTES * parameters * _ring_share(num_shards)
-        reduction += 2 * MASTER_BYTES * (parameters / num_shards) * _ring_share(num_copies)
-        gathered_bytes = COMPUTE_BYTES[step.dtype] * parameters * _ring_share(num_shards)
-        gather += 2 * gathered_bytes * step.num_micro_steps
-    return reduction, gather
 
 
 def _ring_share(num_ranks: int) -> float:

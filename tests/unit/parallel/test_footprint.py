@@ -117,12 +117,13 @@ def test_master_state_is_sixteen_bytes_a_parameter():
     assert memory.total_bytes > 16 * held + memory.activations_bytes
 
 
-def test_exchange_counts_tokens_and_gates_both_ways():
-    config, parallel = make_model(), ParallelConfig(ep=4)
+@pytest.mark.parametrize(("device", "gathered_gates"), [("cpu", 2), ("cuda", 8)])
+def test_exchange_counts_tokens_and_gates_both_ways(device, gathered_gates):
+    config, parallel = make_model(), ParallelConfig(ep=4, device=device)
     step = StepShape(TOKENS, num_micro_steps=5, dtype="bfloat16")
     traffic = compute_rank_traffic(config, parallel, step)
-    tokens, gates = 2 * 128, 4 * 8
-    assert traffic.exchange_per_layer_bytes == 5 * 3 * TOKENS * (4 * tokens + 2 * gates)
+    tokens, gates = 4 * 2 * 128, 4 * (gathered_gates + 2)
+    assert traffic.exchange_per_layer_bytes == 5 * 3 * TOKENS * (tokens + gates)
     assert traffic.exchange_bytes == 2 * traffic.exchange_per_layer_bytes
 
 
@@ -130,7 +131,9 @@ def test_full_checkpointing_repeats_the_forward_exchange():
     config, parallel = make_model(), ParallelConfig(ep=2)
     plain = compute_rank_traffic(config, parallel, StepShape(TOKENS))
     full = compute_rank_traffic(config, parallel, StepShape(TOKENS, activation_checkpointing="full"))
-    assert full.exchange_bytes == plain.exchange_bytes * 3 / 2
+    forward = 2 * (4 * 128) + 4 * 4
+    assert full.exchange_bytes - plain.exchange_bytes == 2 * TOKENS * (forward)
+    assert plain.exchange_bytes == 2 * TOKENS * (2 * forward)
 
 
 def test_one_rank_sends_nothing():
@@ -149,12 +152,30 @@ def test_a_replicated_trunk_is_reduced_over_all_ranks_and_experts_over_their_cop
     assert traffic.gather_bytes == 0
 
 
-def test_a_sharded_trunk_is_gathered_twice_a_micro_step_and_scattered_once():
+def test_a_sharded_trunk_is_gathered_and_scattered_every_micro_step():
     config = make_model()
     counts = count_parameters(config)
-    trunk = counts.total - counts.ffn
+    root = counts.embedding + counts.head + 128
+    layers = counts.total - counts.ffn - root
     step = StepShape(TOKENS, num_micro_steps=3)
     traffic = compute_rank_traffic(config, ParallelConfig(ep=2, dp_shard=2, trunk="shard"), step)
     experts = counts.ffn / 2
-    assert traffic.reduction_bytes == 4 * (trunk * 3 / 4 + experts / 2)
-    assert traffic.gather_bytes == 3 * 2 * 4 * (trunk * 3 / 4 + experts / 2)
+    assert traffic.reduction_bytes == 3 * 4 * ((layers + root) * 3 / 4 + experts / 2)
+    # The root stays gathered from the forward to the backward pass.
+    assert traffic.gather_bytes == 3 * 4 * ((2 * layers + root) * 3 / 4 + 2 * experts / 2)
+
+
+def test_gathered_experts_move_in_the_compute_type_and_the_trunk_as_stored():
+    config = make_model()
+    counts = count_parameters(config)
+    step = StepShape(TOKENS, dtype="bfloat16")
+    traffic = compute_rank_traffic(config, ParallelConfig(dp_shard=2), step)
+    assert traffic.gather_bytes == 2 * 2 * counts.ffn / 2
+
+
+def test_sharding_the_trunk_saves_more_than_gathering_costs():
+    config = make_model(num_layers=12)
+    whole = compute_rank_memory(config, ParallelConfig(ep=8), StepShape(TOKENS))
+    sharded = compute_rank_memory(config, ParallelConfig(ep=8, trunk="shard"), StepShape(TOKENS))
+    assert sharded.working_copies_bytes > whole.working_copies_bytes
+    assert sharded.total_bytes < whole.total_bytes
