@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dsmoe_ray import clock
 from dsmoe_ray.errors import ExchangeError
 from dsmoe_ray.parallel.config import ParallelConfig
-from dsmoe_ray.parallel.failures import FailureBoard, failures_named
+from dsmoe_ray.parallel.failures import FailureBoard, FailuresNamed
 from dsmoe_ray.parallel.mesh import World, build_mesh
 from dsmoe_ray.parallel.network import interface_towards, listen_on
 
@@ -108,7 +108,7 @@ def leave_world() -> None:
 
 def collective_named(name: str) -> AbstractContextManager[None]:
     """Return a block that turns a failed collective, also one of FSDP2's, into an ``ExchangeError`` naming ``name``."""
-    return failures_named(name, _membership.board if _membership else None)
+    return FailuresNamed(name, _membership.board if _membership else None)
 
 
 @dataclass(frozen=True)

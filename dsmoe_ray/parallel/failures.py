@@ -5,9 +5,8 @@ without a note is dead, hung, or still waiting in a collective of its own.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
+from types import TracebackType
 
 from torch import distributed
 
@@ -57,23 +56,30 @@ class FailureBoard:
         return [rank for rank in range(self._world_size) if rank != self._rank]
 
 
-@contextmanager
-def failures_named(collective: str, board: FailureBoard | None) -> Iterator[None]:
-    """Turn the failure of a collective inside the block into an ``ExchangeError``; let every other error pass.
+class FailuresNamed:
+    """A block in which a failed collective becomes an ``ExchangeError``; every other error passes.
 
-    Raises:
-        ExchangeError: names the collective, the cause and the ranks that were not heard of.
+    The error tells the collective's name, the cause and the ranks that were not heard of.
     """
-    cause = None
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_collective_failure(error):
-            raise
-        cause = str(error)
-    if cause is not None:
-        # Raised outside the handler: as context, the frames of the failed collective would keep its connections open.
-        raise ExchangeError(f"{collective} failed: {cause}" if board is None else board.report(collective, cause))
+
+    def __init__(self, collective: str, board: FailureBoard | None) -> None:
+        self._collective = collective
+        self._board = board
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not isinstance(error, RuntimeError) or not _is_collective_failure(error):
+            return
+        # The frames of the failed collective hold its tensors, and through them its connections open.
+        error.__traceback__ = None
+        del traceback
+        if self._board is None:
+            raise ExchangeError(f"{self._collective} failed: {_in_short(str(error))}") from None
+        raise ExchangeError(self._board.report(self._collective, str(error))) from None
 
 
 def _is_collective_failure(error: RuntimeError) -> bool:

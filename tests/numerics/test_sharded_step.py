@@ -50,9 +50,8 @@ def _step(world, *, dtype=torch.float32, checkpointing="none"):
     # AdamW divides by |gradient| + eps: with a tiny eps it would blow rounding noise up to the size of the step.
     optimizer = build_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-3, weight_decay=0.1)
     exchange = build_exchange(world)
-    tokens = torch.randint(
-        0, MODEL.vocab_size, (NUM_SEQUENCES, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1)
-    )
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, MODEL.vocab_size, (NUM_SEQUENCES, SEQ_LEN + 1), generator=generator)
     mine = tokens.chunk(world.world_size)[world.rank]
     loss = torch.zeros(())
     for micro_batch in mine.chunk(MICRO_STEPS):
