@@ -100,10 +100,14 @@ def _train(
         result = run_on_ray(config, directory, plan, address=address, reporter=reporter)
     finally:
         reporter.close()
-    if not result.complete:
+    if not result.complete or result.prepared is None:
         _tell(console, f"Stopped at step {result.step} of {config.train.steps}. The same command continues the run.")
         return
-    _tell(console, f"Trained {result.step} steps.")
+    _tell(console, f"Trained {result.step} steps. Publishing the model.")
+    # Loads torch, which the coordinator does without.
+    from dsmoe_ray.training.publish import publish
+
+    publish(config, directory, result.prepared)
     _say_next(console, config, directory)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dsmoe_ray.training.metrics_log import read_rows
 from dsmoe_ray.training.run_directory import RunDirectory
@@ -57,6 +58,8 @@ def draw_routing(rows: Sequence[dict[str, Any]], evaluations: Sequence[dict[str,
         return figure
     load_LE = np.array(shares, dtype=float)
     image = by_layer.imshow(load_LE * load_LE.shape[1], aspect="auto", cmap="viridis", vmin=0.0)
+    for axis in (by_layer.xaxis, by_layer.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     by_layer.set(xlabel="expert", ylabel="layer", title="Load of each expert as deployed (1 is the mean)")
     figure.colorbar(image, ax=by_layer)
     return figure

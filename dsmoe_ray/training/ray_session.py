@@ -39,6 +39,8 @@ def ray_session(parallel: ParallelConfig, *, address: str | None) -> Iterator[Ra
             f"--address {address}: a Ray Client connection ends with this process's network. Give HOST:PORT of the "
             "cluster's head, or run on the cluster: ray job submit -- python -m dsmoe_ray train CONFIG"
         )
+    # Calls that fail together with the one that was waited for are left unread on purpose.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # What goes wrong in a shard comes back as an exception; the rest of its output is in Ray's log files.
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:

@@ -9,13 +9,11 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dsmoe_ray.errors import ConfigError, ExchangeError
-from dsmoe_ray.training.expert_shard import ExpertShard
+from dsmoe_ray.training.expert_shard import THREAD_OF_METHOD, ExpertShard
 from dsmoe_ray.training.placement import PlacementPlan
 from dsmoe_ray.training.shard_group import ShardSetup
 from dsmoe_ray.training.states import Replies
 
-_THREAD_OF_METHOD = {"ping": "control", "finish_checkpoint": "saving"}
-"""Methods that run beside training, so that neither a long step nor a long save keeps a shard from answering."""
 _PROCESS_GONE = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
@@ -72,11 +70,10 @@ class RayShardGroup:
     def ask(self, method: str, *arguments: Any, ranks: Sequence[int] | None = None) -> RayCall:
         """Call a method on these ranks, by default all."""
         asked = range(self.num_shards) if ranks is None else ranks
-        methods = {rank: getattr(self._actors[rank], method) for rank in asked}
-        if method in _THREAD_OF_METHOD:
-            thread = _THREAD_OF_METHOD[method]
-            methods = {rank: bound.options(concurrency_group=thread) for rank, bound in methods.items()}
-        return RayCall({rank: bound.remote(*arguments) for rank, bound in methods.items()})
+        options = {"name": f"ExpertShard.{method}"}
+        if method in THREAD_OF_METHOD:
+            options["concurrency_group"] = THREAD_OF_METHOD[method]
+        return RayCall({rank: self._actors[rank].call.options(**options).remote(method, *arguments) for rank in asked})
 
     def close(self) -> None:
         """Kill all actors and give back their place."""
@@ -93,7 +90,7 @@ class RayShardGroup:
             "num_cpus": placement.cpus_per_shard,
             "num_gpus": placement.gpus_per_shard,
             "max_restarts": 0,
-            "concurrency_groups": dict.fromkeys(_THREAD_OF_METHOD.values(), 1),
+            "concurrency_groups": dict.fromkeys(THREAD_OF_METHOD.values(), 1),
         }
         strategy = PlacementGroupSchedulingStrategy(
             placement_group=self._group, placement_group_bundle_index=placement.bundle_of_rank[rank]

@@ -1,17 +1,13 @@
-"""A whole run on Ray: data, shards, coordinator, artifact and plots. Wires them and decides nothing."""
+"""A run on Ray: data, shards and coordinator. Wires them and decides nothing; ``publish.py`` comes after it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from dsmoe_ray.data.prepare import prepare_data
 from dsmoe_ray.data.prepared import PreparedData
-from dsmoe_ray.training.checkpoint_store import find_newest_complete
 from dsmoe_ray.training.config import TrainingRunConfig
 from dsmoe_ray.training.coordinator import Coordinator, RunFiles
-from dsmoe_ray.training.export import export_artifact
 from dsmoe_ray.training.metrics_log import EventLog, MetricsLog
 from dsmoe_ray.training.placement import plan_placement
-from dsmoe_ray.training.plots import draw_plots
 from dsmoe_ray.training.progress import Reporter
 from dsmoe_ray.training.ray_session import list_node_resources, ray_session
 from dsmoe_ray.training.ray_shard_group import RayShardGroup, reserve
@@ -28,8 +24,8 @@ class RunResult:
 
     step: int
     complete: bool
-    artifact: Path | None
-    plots: tuple[Path, ...]
+    prepared: PreparedData | None
+    """None if the run was stopped before its data was ready."""
 
 
 def run_on_ray(
@@ -40,7 +36,7 @@ def run_on_ray(
     address: str | None,
     reporter: Reporter,
 ) -> RunResult:
-    """Train until the last step or a stop request, and publish the model of a complete run.
+    """Train until the last step or a stop request.
 
     Args:
         config: With absolute paths.
@@ -59,14 +55,13 @@ def run_on_ray(
     with ray_session(config.parallel, address=address) as session, stop_on_signals(stop):
         if session.dashboard_url:
             reporter.say(f"dashboard: {session.dashboard_url}")
+        prepared = None
         try:
             prepared = _prepare(config, directory, reporter)
             finished = _train(config, directory, plan, prepared=prepared, reporter=reporter, stop=stop)
-            if finished.complete:
-                return _publish(config, directory, finished, prepared)
         except StopRequestedError:
             finished = Finished(plan.step, complete=False)
-    return RunResult(finished.step, complete=False, artifact=None, plots=())
+    return RunResult(finished.step, complete=finished.complete, prepared=prepared)
 
 
 def _prepare(config: TrainingRunConfig, directory: RunDirectory, reporter: Reporter) -> PreparedData:
@@ -111,12 +106,3 @@ def _train(
             return coordinator.run()
     finally:
         shards.close()
-
-
-def _publish(
-    config: TrainingRunConfig, directory: RunDirectory, finished: Finished, prepared: PreparedData
-) -> RunResult:
-    checkpoint = find_newest_complete(directory.checkpoints).path
-    assert checkpoint is not None
-    artifact = export_artifact(config, directory, checkpoint=checkpoint, prepared=prepared)
-    return RunResult(finished.step, complete=True, artifact=artifact, plots=tuple(draw_plots(directory)))

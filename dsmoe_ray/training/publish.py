@@ -1,4 +1,4 @@
-"""From the last checkpoint of a run to its published model."""
+"""From the last checkpoint of a complete run to its published model and its plots; needs no Ray."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,26 @@ from dsmoe_ray.clock import unix_s
 from dsmoe_ray.config_io import config_digest
 from dsmoe_ray.data.prepared import PreparedData
 from dsmoe_ray.data.tokenizer import load_tokenizer
+from dsmoe_ray.errors import CheckpointError
 from dsmoe_ray.training.checkpoint import read_model_tensors
-from dsmoe_ray.training.checkpoint_store import read_manifest
+from dsmoe_ray.training.checkpoint_store import find_newest_complete, read_manifest
 from dsmoe_ray.training.config import TrainingRunConfig
 from dsmoe_ray.training.metrics_log import read_rows
+from dsmoe_ray.training.plots import draw_plots
 from dsmoe_ray.training.run_directory import RunDirectory
+
+
+def publish(config: TrainingRunConfig, directory: RunDirectory, prepared: PreparedData) -> None:
+    """Publish the model of the newest checkpoint and draw the plots.
+
+    Raises:
+        CheckpointError: no checkpoint is whole.
+    """
+    search = find_newest_complete(directory.checkpoints)
+    if search.path is None:
+        raise CheckpointError(f"{directory.checkpoints} holds no whole checkpoint. {' '.join(search.refused)}")
+    export_artifact(config, directory, checkpoint=search.path, prepared=prepared)
+    draw_plots(directory)
 
 
 def export_artifact(
