@@ -1,7 +1,7 @@
 """Routing rules as a person writes them, and back."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmoe_ray.errors import ConfigError
@@ -33,6 +33,7 @@ RULES = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(RULES)
 def test_every_rule_is_read_back_from_its_own_spec(rule):
     assert RoutingConfig.parse(rule.to_spec()) == rule
