@@ -318,7 +318,7 @@ def _optimizer_entries(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     if fresh:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-            if "step" in optimizer.state[parameter]:
+            if parameter in optimizer.state:
                 # That step must not count, or the first real one would be the second.
                 optimizer.state[parameter]["step"].zero_()
     return entries
