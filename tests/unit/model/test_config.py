@@ -1,7 +1,7 @@
 """What a model config refuses, with a message that says what to change, and the twin it derives."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -55,6 +55,7 @@ def test_a_rule_is_written_as_on_the_command_line(spec, values):
     assert rule.to_spec() == spec
 
 
+@settings(deadline=None)
 @given(st.floats(0.0, 1e9))
 def test_a_written_rule_reads_back_to_the_same_number(value):
     rule = RoutingConfig(mode="threshold", threshold=value)

@@ -49,32 +49,37 @@ def check(probs_TE, routing):
         np.testing.assert_allclose(gates_TE.numpy(), weights_TE, rtol=1e-6, atol=0)
 
 
+@settings(deadline=None)
 @given(probabilities(), st.integers(1, 8))
 def test_top_k_keeps_the_k_largest_and_the_lower_id_among_equals(probs_TE, top_k):
     check(probs_TE, RoutingConfig(mode="top_k", top_k=min(top_k, probs_TE.shape[1])))
 
 
+@settings(deadline=None)
 @given(probabilities(), st.integers(0, 8 * GRID))
 def test_threshold_keeps_what_is_strictly_above_it(probs_TE, threshold):
     check(probs_TE, RoutingConfig(mode="threshold", threshold=threshold / GRID))
 
 
+@settings(deadline=None)
 @given(probabilities(), st.integers(0, 8 * GRID))
 def test_threshold_top_k_keeps_the_batch_mean_of_the_count_above_the_threshold(probs_TE, threshold):
     check(probs_TE, RoutingConfig(mode="threshold_top_k", threshold=threshold / GRID))
 
 
+@settings(deadline=None)
 @given(probabilities(), st.integers(1, GRID))
 def test_top_p_keeps_the_fewest_that_reach_the_sum(probs_TE, top_p):
     check(probs_TE, RoutingConfig(mode="top_p", top_p=top_p / GRID))
 
 
+@settings(deadline=None)
 @given(probabilities())
 def test_dense_keeps_everything_unchanged(probs_TE):
     check(probs_TE, RoutingConfig())
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([1, 3, 8, 32]), st.floats(0.1, 5.0))
 def test_rules_hold_for_probabilities_of_a_real_router(seed, num_experts, sharpness):
     probs = (sharpness * randn(6, num_experts, seed=seed)).softmax(-1).float()
@@ -95,9 +100,9 @@ def test_a_uniform_router_keeps_the_first_experts():
 
 
 def test_top_p_needs_no_further_expert_once_the_first_one_reaches_the_sum():
-    """0.7 + 0.2 - 0.2 is below 0.7 in float32; the sum before the second expert is not."""
-    probs_TE = torch.tensor([[0.7, 0.2, 0.1]])
-    _, selected_TE = select(probs_TE, RoutingConfig(mode="top_p", top_p=0.7), renormalize=False)
+    """0.41 + 0.36 - 0.36 is below 0.41 in float32; the sum before the second expert is not."""
+    probs_TE = torch.tensor([[0.41, 0.36, 0.23]])
+    _, selected_TE = select(probs_TE, RoutingConfig(mode="top_p", top_p=0.41), renormalize=False)
     assert selected_TE.tolist() == [[True, False, False]]
 
 
