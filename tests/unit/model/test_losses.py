@@ -189,6 +189,16 @@ def test_router_z_is_the_mean_squared_log_sum_exp():
     assert router_z_share(logits_TE, num_tokens=9).item() == pytest.approx(expected, rel=1e-12)
 
 
+def test_no_gradient_flows_into_statistics_of_the_global_batch():
+    """They come from an all-reduce; what a rank could add through its own part of them would be its own bias."""
+    logits_TE, statistic_E = randn(6, 4).requires_grad_(), torch.full((4,), 0.25).double().requires_grad_()
+    for share in (
+        mutual_information_share(logits_TE, statistic_E, num_tokens=6),
+        load_balance_share(logits_TE.softmax(-1), statistic_E, num_tokens=6),
+    ):
+        assert torch.autograd.grad(share, statistic_E, allow_unused=True, retain_graph=True) == (None,)
+
+
 @pytest.mark.parametrize("cut", [1, 5, 11])
 def test_shares_of_two_processes_add_up_to_the_whole(cut):
     logits_TE = 2 * randn(12, 4)

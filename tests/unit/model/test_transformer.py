@@ -205,8 +205,8 @@ def test_positions_beyond_the_longest_sequence_are_refused(num_cached, num_new):
 @KINDS
 @pytest.mark.parametrize("routing", [None, [SPARSE, SPARSE]], ids=["dense", "sparse"])
 def test_bfloat16_compute_agrees_loosely_with_float32(attention, ffn, routing):
-    """The residual stream keeps eight bits and is rounded four times here; logits of deviation near 2 are off by a few
-    percent of that. Parameters and their gradients stay float32, and so do logits, loss and routing."""
+    """The residual stream keeps eight bits, 4e-3 of a value, and every value passes some ten roundings, which partly
+    cancel: logits are off by 8e-3 of their deviation. Parameters, gradients, logits, loss and routing are float32."""
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(attention, ffn, dtype=dtype, init_std=0.2)
@@ -220,10 +220,11 @@ def test_bfloat16_compute_agrees_loosely_with_float32(attention, ffn, routing):
         assert gradients.dtype == torch.float32
         results.append((logits_BSV, output.loss_sum / 24, gradients))
     (exact_logits, exact_loss, exact_gradients), (logits, loss, gradients) = results
-    assert (logits - exact_logits).std() < 0.05 * exact_logits.std()
-    assert abs(loss - exact_loss) < 0.02 * exact_loss
-    # An expert chosen differently by a rounded router changes a token altogether, so only the direction is compared.
-    assert functional.cosine_similarity(gradients, exact_gradients, dim=0) > 0.98
+    assert (logits - exact_logits).std() < 0.02 * exact_logits.std()
+    # Errors of logits have both signs, so the mean over 24 tokens is off by far less than each.
+    assert abs(loss - exact_loss) < 0.003 * exact_loss
+    # A relative error of 1e-2 in random directions leaves a cosine of 1 - 5e-5.
+    assert functional.cosine_similarity(gradients, exact_gradients, dim=0) > 0.9995
 
 
 def test_each_layer_follows_its_own_rule_and_reports_it():
