@@ -31,3 +31,13 @@ def resolve_routing(spec: str, config: ModelConfig) -> list[LayerRouting]:
     except ValueError as error:
         raise ConfigError(f"routing {spec!r}: {error}") from error
     return [LayerRouting(layer.attention, rule) for layer in deployed]
+
+
+def name_routing(spec: str, config: ModelConfig) -> str:
+    """Return what a person calls a setting: what they wrote, and for ``deployed`` the rule that it stands for."""
+    if spec.strip() != DEPLOYED:
+        return spec.strip()
+    attention, ffn = deployed_routing(config)[0]
+    if attention.mode is RoutingMode.DENSE:
+        return ffn.to_spec()
+    return f"attention {attention.to_spec()}, ffn {ffn.to_spec()}"

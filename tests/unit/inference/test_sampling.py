@@ -13,7 +13,7 @@ from dsmoe_ray.inference.sampling import GREEDY, SamplingConfig, draw_uniform, s
 LOGITS = torch.log(torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15]))
 
 
-def draw_many(sampling_of_seed, logits=LOGITS, num_draws=4000):
+def draw_many(sampling_of_seed, logits=LOGITS, num_draws=2000):
     counts = torch.zeros(len(logits))
     for seed in range(num_draws):
         counts[sample(logits, sampling_of_seed(seed), position=7)] += 1
@@ -25,9 +25,9 @@ def test_greedy_takes_the_largest_logit_and_the_lower_id_of_two():
 
 
 def test_frequencies_are_the_models_probabilities():
-    # Three standard deviations of a share of 4000 draws are at most 3 * sqrt(0.25 / 4000) = 0.024.
+    # Three standard deviations of a share of 2000 draws are at most 3 * sqrt(0.25 / 2000) = 0.034.
     torch.testing.assert_close(
-        draw_many(lambda seed: SamplingConfig(temperature=1.0, seed=seed)), LOGITS.exp(), rtol=0, atol=0.024
+        draw_many(lambda seed: SamplingConfig(temperature=1.0, seed=seed)), LOGITS.exp(), rtol=0, atol=0.034
     )
 
 
@@ -37,15 +37,15 @@ def test_temperature_raises_probabilities_to_its_inverse():
         draw_many(lambda seed: SamplingConfig(temperature=0.5, seed=seed)),
         expected / expected.sum(),
         rtol=0,
-        atol=0.024,
+        atol=0.034,
     )
 
 
 def test_positions_of_one_seed_are_as_random_as_seeds_of_one_position():
     counts = torch.zeros(5)
-    for position in range(4000):
+    for position in range(2000):
         counts[sample(LOGITS, SamplingConfig(temperature=1.0, seed=3), position=position)] += 1
-    torch.testing.assert_close(counts / 4000, LOGITS.exp(), rtol=0, atol=0.024)
+    torch.testing.assert_close(counts / 2000, LOGITS.exp(), rtol=0, atol=0.034)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_positions_of_one_seed_are_as_random_as_seeds_of_one_position():
 def test_truncation_draws_from_the_most_likely_tokens_in_their_proportions(truncation, kept):
     expected = torch.zeros(5)
     expected[kept] = LOGITS.exp()[kept]
-    found = draw_many(lambda seed: SamplingConfig(temperature=1.0, seed=seed, **truncation), num_draws=2000)
+    found = draw_many(lambda seed: SamplingConfig(temperature=1.0, seed=seed, **truncation))
     assert torch.equal(found > 0, expected > 0)
     torch.testing.assert_close(found, expected / expected.sum(), rtol=0, atol=3 * math.sqrt(0.25 / 2000))
 

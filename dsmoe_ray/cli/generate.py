@@ -1,0 +1,54 @@
+"""``dsmoe generate ARTIFACT --prompt TEXT``: continue a prompt, printed while it is written."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsmoe_ray.artifact.load import load_artifact
+from dsmoe_ray.data.tokenizer import parse_tokenizer
+from dsmoe_ray.inference.engine import Engine
+from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.routing import DEPLOYED, resolve_routing
+from dsmoe_ray.inference.sampling import SamplingConfig
+
+
+def command(
+    artifact: Annotated[Path, typer.Argument(help="Directory of a published model.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    routing: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="deployed, dense, top_k=K, threshold=E, threshold_top_k=E or top_p=P for the FFN experts.",
+        ),
+    ] = DEPLOYED,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token; 1 samples from the model's probabilities.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many most likely tokens only.")] = None,
+    top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this share together.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Continue a prompt; the text goes to standard output as it is written, its speed to standard error."""
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    published = load_artifact(artifact)
+    config = published.model_config
+    rules = resolve_routing(routing, config)
+    tokenizer = parse_tokenizer(
+        published.tokenizer_json, source=f"the tokenizer of {artifact}", vocab_size=config.vocab_size
+    )
+    engine = Engine(load_model(published), tokenizer)
+    generation = engine.generate(prompt, max_tokens=max_tokens, routing=rules, sampling=sampling)
+    piece = ""
+    for piece in generation:
+        # echo flushes, so that each piece is seen at once also through a pipe.
+        typer.echo(piece, nl=False)
+    if not piece.endswith("\n"):
+        typer.echo()
+    typer.echo(
+        f"{generation.num_tokens} tokens, {generation.tokens_per_s:.0f} tokens/s, "
+        f"the first after {1000 * generation.prefill_s:.0f} ms",
+        err=True,
+    )
