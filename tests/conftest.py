@@ -90,7 +90,8 @@ def ray_cluster() -> Iterator[str]:
         include_dashboard=False,
         object_store_memory=256 * 2**20,
         log_to_driver=False,
-        _node_ip_address="127.0.0.1",
+        # Ray replaces 127.0.0.1 by the machine's outward address; other loopback addresses it takes as they are.
+        _node_ip_address="127.0.0.2",
     )
     yield context.address_info["address"]
     ray.shutdown()
