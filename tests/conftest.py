@@ -1,5 +1,6 @@
 """Fixtures of all tests. Imports neither torch nor Ray, so that a machine without one of them can run the rest."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -55,9 +56,10 @@ def tiny_config(tiny_values: dict[str, Any]) -> TinyConfig:
     """Return a maker of tiny runs: ``tiny_config("parallel.ep=2", "train.steps=8")``."""
 
     def make(*overrides: str) -> TrainingRunConfig:
+        values = copy.deepcopy(tiny_values)
         for override in overrides:
-            apply_override(tiny_values, override)
-        return parse_config(tiny_values, TrainingRunConfig, source="tiny_config")
+            apply_override(values, override)
+        return parse_config(values, TrainingRunConfig, source="tiny_config")
 
     return make
 
