@@ -77,7 +77,7 @@ def _rehearse(config: TrainingRunConfig, console: Console) -> None:
     print_report(report, console)
     if report.failed:
         raise ConfigError("; ".join(check.detail for check in report.failed))
-    console.print(rehearse_step(config).describe(), markup=False, highlight=False)
+    _tell(console, rehearse_step(config).describe())
 
 
 def _train(

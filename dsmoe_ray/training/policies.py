@@ -63,14 +63,14 @@ def decide_steps_per_call(limit: int, step_time_s: float | None) -> int:
 
 
 def find_hung_ranks(
-    statuses: Mapping[int, ShardStatus], silent: tuple[int, ...], *, timeout_s: float
+    statuses: Mapping[int, ShardStatus], silent: tuple[int, ...], *, timeout_s: float, silence_s: float
 ) -> dict[int, str]:
     """Return the ranks to count as lost, and why: those that do not answer, and those whose step takes too long.
 
     A rank that waits in a collective for a hung peer is itself released when the collective times out, so it is given
     twice the time.
     """
-    hung = {rank: f"does not answer within {timeout_s:g} s" for rank in silent}
+    hung = {rank: f"does not answer within {silence_s:g} s" for rank in silent}
     for rank, status in statuses.items():
         if status.busy_s is not None and status.busy_s > 2 * timeout_s:
             hung[rank] = f"has been in step {status.step + 1} for {status.busy_s:.0f} s"
@@ -129,7 +129,9 @@ def decide_after_failure(observation: FailureObservation) -> Restart | GiveUp:
 def _name_rank(rank: int, error: Exception) -> Exception:
     if isinstance(error, DsmoeError):
         return error
-    return TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
+    failure = TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _next_boundary(step: int, plan: StepPlan) -> int:

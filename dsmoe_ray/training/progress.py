@@ -42,7 +42,7 @@ class Pace:
     """Tokens per second and time left, from the answers as they come in."""
 
     def __init__(self) -> None:
-        self._last_s: float | None = None
+        self._last_s = monotonic_s()
         self.tokens_per_s = 0.0
         self._step_s = 0.0
 
@@ -53,7 +53,7 @@ class Pace:
     def add(self, rows: Sequence[StepMetrics]) -> None:
         """Count steps that were answered now."""
         now_s = monotonic_s()
-        elapsed_s = max(now_s - (self._last_s or now_s), 1e-6)
+        elapsed_s = max(now_s - self._last_s, 1e-6)
         self._last_s = now_s
         self.tokens_per_s = self._smooth(self.tokens_per_s, sum(row.tokens for row in rows) / elapsed_s)
         self._step_s = self._smooth(self._step_s, elapsed_s / len(rows))

@@ -44,7 +44,7 @@ class RayCall:
             if isinstance(cause, ExchangeError):
                 self._cut_off[rank] = str(cause)
             else:
-                cause.add_note(f"raised by rank {rank}:\n{error.traceback_str}")
+                cause.add_note(f"raised by rank {rank}:\n{error}")
                 self._errors[rank] = cause
         except _PROCESS_GONE as error:
             self._lost[rank] = _describe_loss(error)

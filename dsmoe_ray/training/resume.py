@@ -5,6 +5,7 @@ cannot be made again is ever deleted.
 """
 
 import itertools
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ class ResumePlan:
     """Steps already done."""
     archive: bool = False
     """Move what an earlier run left out of the way."""
+    copy_rows: bool = False
+    """Keep a copy of the rows of later steps, which may not come out the same again."""
     notes: tuple[str, ...] = ()
     """What a person should know."""
 
@@ -72,9 +75,12 @@ def apply_resume(directory: RunDirectory, plan: ResumePlan) -> None:
     """Make the run directory fit the plan."""
     if plan.archive:
         _move_aside(directory)
+    log = MetricsLog(directory.metrics)
+    if plan.copy_rows and log.step > plan.step:
+        shutil.copyfile(directory.metrics, directory.root / f"metrics-until-{log.step}.jsonl")
     prepare_checkpoints(directory.checkpoints)
     set_aside_after(directory.checkpoints, plan.step if _is_own(directory, plan.checkpoint) else -1)
-    MetricsLog(directory.metrics).keep_until(plan.step)
+    log.keep_until(plan.step)
 
 
 def has_run(directory: RunDirectory) -> bool:
@@ -113,7 +119,7 @@ def _plan_from(directory: RunDirectory, path: Path) -> ResumePlan:
         )
     manifest = verify_checkpoint(path)
     if _is_own(directory, path):
-        return ResumePlan(path, manifest.step)
+        return ResumePlan(path, manifest.step, copy_rows=True)
     return ResumePlan(path, manifest.step, archive=has_run(directory))
 
 

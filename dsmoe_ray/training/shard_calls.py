@@ -79,6 +79,7 @@ class ShardCalls:
         others = [rank for rank in range(self._shards.num_shards) if rank not in replies.lost]
         if not others:
             return dict(replies.lost)
-        pinged = self._shards.ask("ping", ranks=others).poll(min(SILENCE_S, self._timeout_s))
-        hung = find_hung_ranks(pinged.values, pinged.waiting, timeout_s=self._timeout_s)
+        silence_s = min(SILENCE_S, self._timeout_s)
+        pinged = self._shards.ask("ping", ranks=others).poll(silence_s)
+        hung = find_hung_ranks(pinged.values, pinged.waiting, timeout_s=self._timeout_s, silence_s=silence_s)
         return {**hung, **pinged.lost, **replies.lost}
