@@ -9,7 +9,7 @@ from dsmoe_ray.model.init import draw_initial
 from dsmoe_ray.model.transformer import Transformer
 
 NUM_EXPERTS, TOP_K = 4, 2
-TEXT = "def add(left, right):\n    return left + right\n\n\n# naïve, 漢字\n"
+TEXT = "def add(left, right):\n    return left + right\n\n\n# na\xefve, \u6f22\u5b57\n"
 
 
 def make_config(**changes) -> ModelConfig:

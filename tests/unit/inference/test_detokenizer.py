@@ -10,8 +10,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from dsmoe_ray.data.tokenizer import TextTokenizer, train_tokenizer
 from dsmoe_ray.inference.detokenizer import REPLACEMENT, StreamingDetokenizer
 
-# Its merges hold parts of multi-byte characters, since these are frequent in what it is trained on.
-CORPUS = ["naïve café über straße 漢字仮名 🙂🙃🚀 " * 3, "def f(x): return x + 1\n" * 5]
+# Characters of two, three and four bytes, so frequent that some merges hold parts of them.
+WORDS = "na\xefve caf\xe9 \xfcber stra\xdfe \u6f22\u5b57\u4eee\u540d \U0001f642\U0001f643\U0001f680 "
+CORPUS = [WORDS * 3, "def f(x): return x + 1\n" * 5]
+# The four bytes of MONKEY, as byte-level tokens are named.
+MONKEY, MONKEY_TOKENS = "\U0001f64a", "\xf0\u0141\u013b\u012c"
 
 
 @functools.cache
@@ -26,12 +29,12 @@ def stream(ids, *, decode=None, prompt_ids=()):
 
 
 def test_a_character_of_four_tokens_comes_out_whole_with_its_last():
-    ids = [tokenizer().backend.token_to_id(name) for name in "ðŁĻĬ"]
-    assert stream(ids) == (["", "", "", "🙊"], "")
+    ids = [tokenizer().backend.token_to_id(name) for name in MONKEY_TOKENS]
+    assert stream(ids) == (["", "", "", MONKEY], "")
 
 
 def test_text_before_a_half_character_is_not_lost():
-    ids = [*tokenizer().encode("x + 1 "), *(tokenizer().backend.token_to_id(name) for name in "ðŁ")]
+    ids = [*tokenizer().encode("x + 1 "), *(tokenizer().backend.token_to_id(name) for name in MONKEY_TOKENS[:2])]
     pieces, rest = stream(ids)
     assert "".join(pieces) == "x + 1 " and rest == REPLACEMENT
 
@@ -69,7 +72,7 @@ def test_a_piece_is_out_as_soon_as_its_characters_are(text):
 
 
 def test_a_leading_space_that_the_tokenizer_drops_at_the_start_is_kept_inside():
-    backend = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "▁three": 2}, unk_token="▁one"))
+    backend = Tokenizer(models.WordLevel({"\u2581one": 0, "\u2581two": 1, "\u2581three": 2}, unk_token="\u2581one"))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     assert stream([0, 1, 2], decode=backend.decode)[0] == ["one", " two", " three"]
     assert stream([1, 2], decode=backend.decode, prompt_ids=[0])[0] == [" two", " three"]
