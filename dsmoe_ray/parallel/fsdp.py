@@ -5,6 +5,7 @@ rest, so that host memory holds the full values of one block at a time.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,6 +75,7 @@ class _Sharding:
         mesh = self._trunk_mesh or self._experts_mesh
         if mesh is not None:
             _sum_gradients(fully_shard(self._model, mesh=mesh, ignored_params=self._ignored()))
+            self._model.register_forward_hook(_reshard_after_evaluation)
 
     def _ignored(self) -> set[nn.Parameter]:
         return {parameter for name, parameter in self._model.named_parameters() if name in self._unmanaged}
@@ -83,6 +85,12 @@ def _sum_gradients(module: FSDPModule) -> None:
     """Make FSDP2 add gradients: it averages by default, with an operation that gloo lacks."""
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
+
+
+def _reshard_after_evaluation(model: nn.Module, arguments: Any, output: Any) -> None:
+    """Free the root's gathered weights: FSDP2 keeps them for a backward pass that does not come."""
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        model.reshard()
 
 
 def _experts_mesh(world: World) -> DeviceMesh | None:

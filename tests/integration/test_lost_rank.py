@@ -10,11 +10,30 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from dsmoe_ray.errors import ExchangeError
-from dsmoe_ray.parallel.collectives import all_reduce_sum_, gather_integers, join_world, leave_world
+from dsmoe_ray.model.config import ModelConfig
+from dsmoe_ray.model.transformer import Transformer
+from dsmoe_ray.parallel.collectives import (
+    all_reduce_sum_,
+    collective_named,
+    gather_integers,
+    join_world,
+    leave_world,
+)
 from dsmoe_ray.parallel.config import ParallelConfig
+from dsmoe_ray.parallel.fsdp import shard_model
 from tests.numerics.ranks import RankProcess, free_port, run_in_world, run_on_ranks
 
 CPU = torch.device("cpu")
+MODEL = ModelConfig.model_validate(
+    {
+        "vocab_size": 16,
+        "d_model": 8,
+        "num_layers": 2,
+        "max_seq_len": 8,
+        "attention": {"kind": "gqa", "num_heads": 2, "num_kv_heads": 1, "head_dim": 4},
+        "ffn": {"kind": "moe", "num_experts": 4, "d_ff": 4},
+    }
+)
 SOON_S = 20.0
 """Far below the collectives' timeout, so that passing means the failure was noticed and not waited out."""
 
@@ -89,6 +108,34 @@ def test_survivors_that_wait_on_a_survivor_are_released_when_it_leaves():
     messages = [ranks[rank].result() for rank in range(3)]
     assert all("trunk gradients failed on rank" in message for message in messages)
     assert any("Not heard of" in message and "rank 3" in message for message in messages)
+
+
+def _lose_a_peer_of_fsdp(rank, config, port):
+    world = _join(config, rank, port)
+    model = Transformer(MODEL)
+    shard_model(model, world, lambda name, shape: torch.ones(shape))
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    model(tokens, targets_BS=tokens).loss_sum.backward()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    message = "no error"
+    try:
+        with collective_named("step 7"):
+            model(tokens, targets_BS=tokens).loss_sum.backward()
+    except ExchangeError as error:
+        message = str(error)
+    del model, world
+    leave_world()
+    return message
+
+
+def test_a_lost_peer_of_fsdp_is_an_exchange_error_too():
+    config = ParallelConfig(dp_shard=2, timeout_s=60.0)
+    port = free_port()
+    survivor, _ = [RankProcess(_lose_a_peer_of_fsdp, rank, config, port) for rank in range(2)]
+    message = survivor.result(SOON_S)
+    assert message.startswith("step 7 failed on rank 0 of 2: ")
+    assert "rank 1" in message
 
 
 def test_ranks_that_never_arrive_are_named():

@@ -118,6 +118,29 @@ def test_a_clipped_step_is_that_of_one_process(degrees):
     _assert_same_step(results, _step(_alone()), ROUNDING)
 
 
+def _evaluate_between_steps(world):
+    """Return which parameters are not sharded after an evaluation, and how far it is from the loss while training."""
+    model = Transformer(MODEL)
+    shard_model(model, world, partial(_initial, seed=0))
+    tokens = torch.arange(2 * SEQ_LEN).view(2, SEQ_LEN)
+    losses = []
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            output = model(tokens, targets_BS=tokens, exchange=build_exchange(world))
+        if training:
+            output.loss_sum.backward()
+        losses.append(output.loss_sum.item())
+    not_sharded = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    return not_sharded, losses
+
+
+def test_weights_are_sharded_again_after_an_evaluation():
+    config = ParallelConfig(trunk="shard", ep=2)
+    for not_sharded, (while_training, evaluated) in run_in_world(_evaluate_between_steps, config):
+        assert not_sharded == []
+        assert evaluated == while_training
+
+
 def _recomputing_step(world):
     return _step(world, checkpointing="full")
 
