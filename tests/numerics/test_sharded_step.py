@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.init import draw_initial
 from dsmoe_ray.model.transformer import Transformer
+from dsmoe_ray.parallel import optimizer as optimizer_module
 from dsmoe_ray.parallel.collectives import all_reduce_sum_, join_world
 from dsmoe_ray.parallel.config import ParallelConfig
 from dsmoe_ray.parallel.exchange import build_exchange
@@ -115,6 +116,17 @@ def _assert_same_step(results, alone, tolerance):
 )
 def test_a_clipped_step_is_that_of_one_process(degrees):
     results = run_in_world(_step, ParallelConfig(**degrees))
+    _assert_same_step(results, _step(_alone()), ROUNDING)
+
+
+def _step_in_small_buckets(world):
+    # About one matrix each, so that some gradients are packed, some go alone and in place.
+    optimizer_module._BUCKET_BYTES = 3000
+    return _step(world)
+
+
+def test_gradients_summed_in_many_buckets_give_the_same_step():
+    results = run_in_world(_step_in_small_buckets, ParallelConfig(ep=2))
     _assert_same_step(results, _step(_alone()), ROUNDING)
 
 
