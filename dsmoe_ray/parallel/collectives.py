@@ -75,7 +75,7 @@ def join_world(
         raise ValueError("this process is still in a world; call leave_world() before joining another")
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        device = _claim_gpu(device)
     if config.world_size == 1:
         return World(rank=rank, config=config, device=device, mesh=None, backend=backend)
     store = _open_store(config, rank=rank, address=address, port=port)
@@ -209,6 +209,14 @@ def _start(
     with collective_named(name):
         work = collective(*tensors, *options, group=group, async_op=True)
     return Transfer((work,), name, tensors)
+
+
+def _claim_gpu(device: torch.device) -> torch.device:
+    """Make a GPU this process's own before the mesh guesses one; without an index, the current one."""
+    torch.cuda.init()
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _open_store(config: ParallelConfig, *, rank: int, address: str, port: int) -> distributed.Store:

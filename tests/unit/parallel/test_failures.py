@@ -6,12 +6,18 @@ import pytest
 from torch import distributed
 
 from dsmoe_ray.errors import ExchangeError
+from dsmoe_ray.parallel import failures
 from dsmoe_ray.parallel.failures import FailureBoard, FailuresNamed
 
 GLOO_ERROR = (
     "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1. "
     "This is typically caused by a remote worker crashing."
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_grace(monkeypatch):
+    monkeypatch.setattr(failures, "_GRACE_S", 0.01)
 
 
 def _fail(message):
