@@ -3,32 +3,22 @@
 A process is in one world at a time, as ``torch.distributed`` has one default group. After a failure it leaves, and
 joins the next world under a new port. What was sharded over the old one (model, optimizer, exchange) must go too: it
 holds the old connections, and peers that still wait on this rank are released only when those close.
-Nothing here pickles, and nothing listens but on the address given and the interface that reaches it.
+Nothing here pickles.
 """
 
 import gc
-import os
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 from torch import distributed
-from torch.distributed.device_mesh import DeviceMesh
 
-from dsmoe_ray import clock
-from dsmoe_ray.errors import ExchangeError
 from dsmoe_ray.parallel.config import ParallelConfig
 from dsmoe_ray.parallel.failures import FailureBoard, FailuresNamed
-from dsmoe_ray.parallel.mesh import World, build_mesh
-from dsmoe_ray.parallel.network import interface_towards, listen_on
-
-_INTERFACE_CHOSEN_BY_USER = os.environ.get("GLOO_SOCKET_IFNAME")
-_ARRIVAL_POLL_S = 0.01
-_FLIGHT_RECORDER_ENTRIES = "2000"
+from dsmoe_ray.parallel.mesh import World
+from dsmoe_ray.parallel.rendezvous import initialize_groups, open_store
 
 # torch 2.13 renamed both; 2.11 has the old names only.
 _all_gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
@@ -78,9 +68,8 @@ def join_world(
         device = _claim_gpu(device)
     if config.world_size == 1:
         return World(rank=rank, config=config, device=device, mesh=None, backend=backend)
-    store = _open_store(config, rank=rank, address=address, port=port)
-    _await_all(store, config, rank=rank)
-    mesh = _initialize(store, config, rank=rank, address=address, device=device, backend=backend)
+    store = open_store(config, rank=rank, address=address, port=port)
+    mesh = initialize_groups(store, config, rank=rank, address=address, device=device, backend=backend)
     world = World(rank=rank, config=config, device=device, mesh=mesh, backend=backend)
     _membership = _Membership(world, FailureBoard(store, rank=rank, world_size=config.world_size))
     return world
@@ -217,65 +206,3 @@ def _claim_gpu(device: torch.device) -> torch.device:
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     torch.cuda.set_device(device)
     return device
-
-
-def _open_store(config: ParallelConfig, *, rank: int, address: str, port: int) -> distributed.Store:
-    timeout = timedelta(seconds=config.timeout_s)
-    listener = listen_on(address, port) if rank == 0 else None
-    try:
-        # torch would listen on every interface; it takes over a socket that listens on one.
-        return distributed.TCPStore(
-            address,
-            port,
-            config.world_size,
-            rank == 0,
-            timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener else None,
-        )
-    except RuntimeError as error:
-        raise ExchangeError(
-            f"rank {rank} cannot reach rank 0 at {address} port {port} within {config.timeout_s} s: {error}"
-        ) from error
-
-
-def _await_all(store: distributed.Store, config: ParallelConfig, *, rank: int) -> None:
-    """Wait until every rank has opened the store."""
-    deadline_s = clock.monotonic_s() + config.timeout_s
-    missing = list(range(config.world_size))
-    try:
-        store.set(f"arrived/{rank}", "")
-        while missing := [peer for peer in missing if not store.check([f"arrived/{peer}"])]:
-            if clock.monotonic_s() > deadline_s:
-                raise ExchangeError(
-                    f"rank {rank} waited {config.timeout_s} s for all {config.world_size} ranks; "
-                    f"did not arrive: {', '.join(f'rank {peer}' for peer in missing)}"
-                )
-            clock.sleep_s(_ARRIVAL_POLL_S)
-    except RuntimeError as error:
-        raise ExchangeError(f"rank {rank} lost rank 0 while waiting for all ranks: {error}") from error
-
-
-def _initialize(
-    store: distributed.Store, config: ParallelConfig, *, rank: int, address: str, device: torch.device, backend: str
-) -> DeviceMesh:
-    # Gloo listens on the interface named here; otherwise on the one the host name stands for, which may be public.
-    os.environ["GLOO_SOCKET_IFNAME"] = _INTERFACE_CHOSEN_BY_USER or interface_towards(address)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _FLIGHT_RECORDER_ENTRIES)
-    hook = sys.excepthook
-    try:
-        distributed.init_process_group(
-            "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
-            store=store,
-            rank=rank,
-            world_size=config.world_size,
-            timeout=timedelta(seconds=config.timeout_s),
-        )
-        return build_mesh(config, device)
-    except RuntimeError as error:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-        raise ExchangeError(f"rank {rank} could not connect to all ranks: {error}") from error
-    finally:
-        # torch wraps the hook anew each time, and worlds come and go.
-        sys.excepthook = hook
