@@ -50,6 +50,7 @@ class TokenShards:
         *,
         vocab_size: int,
         names: Sequence[str] = (),
+        stream_digest: str = "",
     ) -> None:
         """Take the parts of the stream in order; ``open`` and ``from_documents`` are the usual ways here."""
         self._parts = parts
@@ -57,6 +58,8 @@ class TokenShards:
         self._names = names or [f"part {index} in memory" for index in range(len(parts))]
         self._document_ends = document_ends
         self.vocab_size = vocab_size
+        self.stream_digest = stream_digest
+        """Tells one prepared stream from another; empty for tokens in memory."""
 
     @classmethod
     def open(
@@ -86,7 +89,13 @@ class TokenShards:
         check_size(documents, expected_bytes=8 * index.num_documents)
         document_ends = np.memmap(documents, dtype="<i8", mode="r", shape=(index.num_documents,))
         names = [str(directory / shard.file) for shard in index.shards]
-        return cls(parts, document_ends, vocab_size=vocab_size or index.vocab_size, names=names)
+        return cls(
+            parts,
+            document_ends,
+            vocab_size=vocab_size or index.vocab_size,
+            names=names,
+            stream_digest=index.stream_digest,
+        )
 
     @classmethod
     def from_documents(cls, documents: Iterable[NDArray[Any]], *, vocab_size: int) -> "TokenShards":

@@ -146,8 +146,7 @@ def _mutual_information(
     if not weight:
         return []
     return [
-        weight
-        * mutual_information_share(routing.router_logits_TE, statistics.mean_probs[layer], num_tokens=num_tokens)
+        weight * mutual_information_share(routing.router_logits_TE, statistics.mean_probs[layer], num_tokens=num_tokens)
         for layer, routing in enumerate(routings)
     ]
 

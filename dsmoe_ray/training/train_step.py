@@ -12,7 +12,7 @@ import torch
 from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.data.token_shards import TokenShards
-from dsmoe_ray.errors import ConfigError, TrainingError
+from dsmoe_ray.errors import CheckpointError, ConfigError, TrainingError
 from dsmoe_ray.model.dispatch import TokenExchange
 from dsmoe_ray.model.init import draw_initial
 from dsmoe_ray.model.rope import compute_rotations
@@ -43,7 +43,7 @@ class Trainer:
         self.step = 0
         """Steps done, which is also the index of the next one."""
         self._nonfinite_steps = 0
-        self._held_out = held_out
+        self._held_out, self._data_digest = held_out, data.stream_digest
         self._batches = BatchReader(config, data, rank=world.rank, device=world.device)
         self._exchange: TokenExchange = build_exchange(world)
         self.model = build_model(config, world)
@@ -90,17 +90,22 @@ class Trainer:
 
     def checkpoint_state(self) -> State:
         """Return everything a resume needs, as live tensors and plain numbers."""
-        progress = {"step": self.step, "nonfinite_steps": self._nonfinite_steps}
+        progress = {"step": self.step, "nonfinite_steps": self._nonfinite_steps, "data_digest": self._data_digest}
         return {**collect_state(self.model, self.optimizer), "progress": progress}
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint, saved on any number of ranks.
 
         Raises:
-            CheckpointError: it is damaged or of another model.
+            CheckpointError: it is damaged, of another model, or of a run on other tokens.
         """
         state = self.checkpoint_state()
         load_checkpoint(path, state)
+        if state["progress"]["data_digest"] != self._data_digest:
+            raise CheckpointError(
+                f"{path} is of a run on other tokens than data now gives, so samples would be repeated or skipped. "
+                "Bring back the data of the run, or start a new run with model.init_from on this one's artifact."
+            )
         self.step = state["progress"]["step"]
         self._nonfinite_steps = state["progress"]["nonfinite_steps"]
 

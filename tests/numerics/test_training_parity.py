@@ -3,7 +3,8 @@
 Only the order of float32 sums differs between meshes. A sum of n terms is off by about sqrt(n) * 6e-8 of its scale;
 over the thousand tokens of a step that is 2e-6 of a gradient's largest entry. AdamW's first update is
 ``lr * sign(gradient)`` where a gradient is far above eps, so parameters are compared with eps at the size of typical
-gradients, where the update is smooth. Losses over 20 steps let such differences feed back; they stay below 1e-4 of the loss.
+gradients, where the update is smooth. Losses over 20 steps let such differences feed back; they stay below 1e-4 of
+the loss.
 """
 
 import numpy as np
