@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from dsmoe_ray.artifact.save import save_artifact
 from dsmoe_ray.data.tokenizer import TextTokenizer, train_tokenizer
 from dsmoe_ray.model.config import ModelConfig
@@ -31,7 +33,7 @@ def make_tokenizer(config: ModelConfig) -> TextTokenizer:
     return train_tokenizer([TEXT] * 4, vocab_size=config.vocab_size)
 
 
-def write_tiny_artifact(directory: Path, **changes) -> Path:
+def write_tiny_artifact(directory: Path, *, dtype: torch.dtype | None = None, **changes) -> Path:
     config = make_config(**changes)
     tokenizer = make_tokenizer(config)
     shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
@@ -42,5 +44,6 @@ def write_tiny_artifact(directory: Path, **changes) -> Path:
         tokenizer_json=tokenizer.to_json(),
         provenance={"run": "tiny"},
         eos_token_id=tokenizer.end_of_text_id,
+        dtype=dtype,
     )
     return directory

@@ -29,6 +29,15 @@ def test_float32_weights_are_used_where_they_lie(tmp_path):
         assert model.get_parameter(name).data_ptr() == tensor.data_ptr()
 
 
+def test_weights_stored_in_bfloat16_are_computed_with_in_float32_on_a_cpu(tmp_path):
+    artifact = load_artifact(write_tiny_artifact(tmp_path / "artifact", dtype=torch.bfloat16))
+    model = load_model(artifact, device=torch.device("cpu"))
+    for name, tensor in artifact.load_state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(model.get_parameter(name), tensor.float())
+    assert model(torch.arange(9)[None]).logits_BSV.isfinite().all()
+
+
 def test_a_damaged_weight_is_refused_by_name(tmp_path):
     directory = write_tiny_artifact(tmp_path / "artifact")
     path = directory / "model-00001-of-00001.safetensors"
