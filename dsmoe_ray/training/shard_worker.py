@@ -15,7 +15,7 @@ import torch
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.data.token_shards import TokenShards
 from dsmoe_ray.errors import ExchangeError
-from dsmoe_ray.parallel.collectives import join_world, leave_world
+from dsmoe_ray.parallel.collectives import collective_named, join_world, leave_world
 from dsmoe_ray.training.checkpoint import CheckpointWriter, SaveHandle
 from dsmoe_ray.training.checkpoint_commit import WrittenPart
 from dsmoe_ray.training.metrics import EvalMetrics, StepMetrics
@@ -125,7 +125,9 @@ class ExpertShardWorker:
         """Run collective work; once it failed, calls that are already queued must not enter the broken world again."""
         cause = None
         try:
-            return work()
+            # Our own collectives carry their names; FSDP2's raise a bare RuntimeError.
+            with collective_named("a collective of FSDP2"):
+                return work()
         except ExchangeError as error:
             cause = str(error)
         self._trainer = None
