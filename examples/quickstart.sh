@@ -18,7 +18,7 @@ dsmoe evaluate "$artifact" --data "$held_out" --max-tokens "${EVAL_TOKENS:-65536
   --routing threshold=0.48 --routing threshold=1.0 --routing threshold_top_k=0.48
 
 prompt=$'def read_lines(path):\n    '
-printf '\nGenerated with the deployed sparse routing:\n'
+printf '\nGenerated with the deployed sparse routing, after this prompt:\n%s' "$prompt"
 dsmoe generate "$artifact" --prompt "$prompt" --max-tokens 96 --temperature 0.7 --seed 1
 
 cat <<END
