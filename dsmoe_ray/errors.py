@@ -35,3 +35,11 @@ class ExchangeError(DsmoeError):
 
 class TrainingError(DsmoeError):
     """A run that cannot go on, for a reason found while training."""
+
+
+class BenchError(DsmoeError):
+    """A side of a comparison that failed, so that there is no figure."""
+
+
+class BenchUnavailableError(DsmoeError):
+    """A comparison that this machine or its packages do not allow; it is reported as skipped."""

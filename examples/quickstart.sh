@@ -13,7 +13,7 @@ held_out="$run_dir/data/held_out"
 dsmoe train examples/quickstart.yaml --set "run.dir=$run_dir" "$@"
 
 printf '\nHeld-out perplexity under several routing settings:\n'
-dsmoe evaluate "$artifact" --data "$held_out" --max-tokens "${EVAL_TOKENS:-65536}" \
+dsmoe evaluate "$artifact" --data "$held_out" --max-tokens "${EVAL_TOKENS:-32768}" \
   --routing dense --routing top_k=16 --routing top_k=8 --routing top_k=4 \
   --routing threshold=0.48 --routing threshold=1.0 --routing threshold_top_k=0.48
 
