@@ -12,8 +12,9 @@ import pytest
 from dsmoe_ray.config_io import apply_override, parse_config
 from dsmoe_ray.training.config import TrainingRunConfig
 
-# Before torch is first imported, here or in a process that a test starts: many threads slow tiny matrices down.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Before torch is first imported, here or in a process that a test starts: a second thread is no gain on tiny matrices,
+# and on a busy machine the threads' waiting for each other costs ten times the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TinyConfig = Callable[..., TrainingRunConfig]
 
