@@ -132,6 +132,8 @@ class Coordinator:
         step = int(self._calls.gather("restore", checkpoint, deadline_s=START_DEADLINE_S)[0])
         self._files.metrics.keep_until(step)
         self._saved_step = 0 if checkpoint is None else step
+        # The first call is a single step again, so that it is heard of soon.
+        self._step_time_s = None
         name = None if checkpoint is None else checkpoint.name
         self._files.events.add("started", generation=state.generation, step=step, checkpoint=name)
         self._reporter.start(step, self._config.train.steps)

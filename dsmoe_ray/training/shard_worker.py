@@ -62,7 +62,8 @@ class ExpertShardWorker:
         """
         setup, config = self._setup, self._setup.config
         torch.set_num_threads(config.parallel.cpus_per_shard)
-        device = torch.device(setup.device)
+        # The first of those that are visible here, and the only one.
+        device = torch.device("cuda", 0) if setup.device == "cuda" else torch.device("cpu")
         world = join_world(config.parallel, rank=self._rank, address=address, port=port, device=device)
         held_out = None if setup.held_out is None else TokenShards.open(setup.held_out)
         self._trainer = Trainer(config, world=world, data=TokenShards.open(setup.data), held_out=held_out)
