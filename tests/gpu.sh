@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # Runs the tests that need a CUDA device with the Python at hand. Installs nothing, and needs no Ray: only test files
-# with GPU tests are read.
+# with GPU tests are read. Without a GPU all of them are skipped.
+# Needs Python 3.11 or later with torch (2.11 or later, built for CUDA), numpy, pyyaml, safetensors, pytest, pydantic and
+# what that needs: pydantic-core, annotated-types, typing-inspection, typing-extensions. With tokenizers (and what that
+# needs: huggingface-hub) generation is tested too.
 #   bash tests/gpu.sh [more options of pytest]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

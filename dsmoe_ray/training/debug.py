@@ -1,5 +1,6 @@
 """The ``debug`` switches of a run, applied to one rank."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from dsmoe_ray.training.config import DebugConfig
 def apply_debug_switches(model: Transformer, config: DebugConfig) -> None:
     """Turn on deterministic kernels and balanced routing where asked for."""
     if config.deterministic:
+        # Without it torch refuses every matrix product on a GPU; cuBLAS reads it when first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     for module in model.modules():
         if isinstance(module, Router):
@@ -28,8 +31,8 @@ class StepProfiler:
         self._profiler: profiler.profile | None = None
 
     def before_step(self, step: int) -> None:
-        """Start recording if the step with this index is the first to profile."""
-        if self._steps is not None and step == self._steps[0]:
+        """Start recording if the step with this index is to be profiled; a resumed run may begin among those."""
+        if self._profiler is None and self._steps is not None and self._steps[0] <= step <= self._steps[1]:
             self._profiler = profiler.profile(record_shapes=True)
             self._profiler.start()
 
