@@ -45,10 +45,7 @@ def load_config(path: Path, schema: type[C], *, overrides: Sequence[str] = ()) -
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}. Give the path of a YAML file.") from error
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a safe loader that also refuses repeated keys
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    values = _parse_yaml(text, source=f"{path} is not valid YAML")
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a YAML mapping with sections; found {type(values).__name__}.")
     for override in overrides:
@@ -99,10 +96,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not separator or not all(parts):
         raise ConfigError(f"--set {override!r} is not of the form section.key=value, e.g. --set train.steps=100.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+    value = _parse_yaml(text, source=f"--set {override!r}: the value is not valid YAML")
     node: Any = values
     for part in parts[:-1]:
         if node.get(part) is None:
@@ -111,6 +105,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"--set {override!r}: {part!r} is a value, not a section; it cannot hold {parts[-1]!r}.")
     node[parts[-1]] = value
+
+
+def _parse_yaml(text: str, *, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a safe loader that also refuses repeated keys
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # The library lets what Python makes of a value pass through: ValueError for the date 2020-13-45.
+        raise ConfigError(f"{source}: {error}") from error
 
 
 def _is_number(annotation: Any) -> bool:

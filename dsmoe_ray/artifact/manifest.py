@@ -6,6 +6,7 @@ can check just what it uses. Names of files are checked against patterns: none c
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -91,7 +92,8 @@ def read_manifest(directory: Path) -> ArtifactManifest:
         ArtifactError: there is no artifact, or the manifest is damaged or of an unknown format.
     """
     path = directory / MANIFEST
-    if not path.is_file():
+    # Unlike pathlib's, this is False and no error where a directory may not be entered.
+    if not os.path.isfile(path):
         raise ArtifactError(f"{directory} holds no artifact: {MANIFEST} is missing. Give the directory of one.")
     try:
         fields = from_sealed_json(_read_limited(path))

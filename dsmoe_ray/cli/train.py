@@ -9,20 +9,16 @@ from rich.console import Console
 
 from dsmoe_ray.cli.validate import LOG_WIDTH, print_report
 from dsmoe_ray.config_io import load_config
-from dsmoe_ray.errors import ConfigError
+from dsmoe_ray.errors import ConfigError, TrainingError
 from dsmoe_ray.training.config import TrainingRunConfig
 from dsmoe_ray.training.resume import ResumePlan, plan_resume
-from dsmoe_ray.training.run_checks import run_checks
+from dsmoe_ray.training.run_checks import find_obstacles
 from dsmoe_ray.training.run_directory import RunDirectory, open_run_directory
 from dsmoe_ray.training.validation import build_report
 
-# A local Ray listens on the loopback interface only, reports to nobody, and leaves the GPU variables alone. Ray reads
-# some of these when it is imported.
-LOCAL_RAY_ENVIRONMENT = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+# A local Ray listens on the loopback interface only and reports to nobody. Ray reads the first when it is imported; its
+# name is historical: without a cluster, nodes go by their loopback address on every system.
+LOCAL_RAY_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def command(
@@ -56,9 +52,9 @@ def command(
     if dry_run:
         _rehearse(run_config, console)
         return
-    failed = [check.detail for check in run_checks(run_config) if check.status == "failed"]
-    if failed:
-        raise ConfigError(f"{config}: " + "; ".join(failed))
+    obstacles = find_obstacles(run_config)
+    if obstacles:
+        raise ConfigError(f"{config}: " + "; ".join(obstacles))
     directory = open_run_directory(run_config)
     with directory.lock():
         plan = plan_resume(directory, run_config, resume)
@@ -87,6 +83,10 @@ def _train(
     if address is None:
         for name, value in LOCAL_RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+    from dsmoe_ray.training.fine_tuning import adopt_tokenizer
+
+    config = adopt_tokenizer(config)
+    # Ray takes seconds to load, which a mistake in what the run starts from need not wait for.
     from dsmoe_ray.training.progress import build_reporter
     from dsmoe_ray.training.run import run_on_ray
 
@@ -98,10 +98,17 @@ def _train(
         reporter.say(f"resuming from {plan.checkpoint}, step {plan.step}")
     try:
         result = run_on_ray(config, directory, plan, address=address, reporter=reporter)
+    except TrainingError as error:
+        if error.__cause__ is not None:
+            raise
+        # A reason that the run found itself; where in the code it did so tells a person nothing.
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
     finally:
         reporter.close()
     if not result.complete or result.prepared is None:
-        _tell(console, f"Stopped at step {result.step} of {config.train.steps}. The same command continues the run.")
+        advice = "The same command continues the run, with --resume auto or without --resume."
+        _tell(console, f"Stopped at step {result.step} of {config.train.steps}. {advice}")
         return
     _tell(console, f"Trained {result.step} steps. Publishing the model.")
     # Loads torch, which the coordinator does without.

@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from dsmoe_ray.config_io import parse_config
 from dsmoe_ray.data.bad_rows import BadRows, SliceAccount, read_documents, tally
 from dsmoe_ray.data.config import DataConfig, TextFormat
 from dsmoe_ray.data.documents import Document, Slice, plan_units
@@ -103,6 +104,7 @@ def open_or_tokenize(
         exclude: Names of sub-directories to leave out.
 
     Raises:
+        ConfigError: the path or a pattern is not a possible one.
         DataError: there is no text, or not the model's tokens.
     """
     limit = tokenizer.vocab_size if vocab_size is None else vocab_size
@@ -110,13 +112,14 @@ def open_or_tokenize(
     for candidate in (directory, directory / HELD_OUT_DIR):
         if (candidate / INDEX_FILE).is_file():
             return TokenShards.open(candidate, vocab_size=limit, tokenizer_digest=tokenizer.digest)
-    config = DataConfig(
-        paths=[path],
-        format=text_format or _FORMATS.get(directory.suffix.lower(), "text"),
-        field=field,
-        include=include,
-        exclude=list(exclude),
-    )
+    values = {
+        "paths": [path],
+        "format": text_format or _FORMATS.get(directory.suffix.lower(), "text"),
+        "field": field,
+        "include": include,
+        "exclude": list(exclude),
+    }
+    config = parse_config(values, DataConfig, source=f"the data {path!r}")
     return token_shards_from_text(config, tokenizer=tokenizer, vocab_size=limit)
 
 

@@ -91,9 +91,10 @@ def is_held_out(identity: bytes, ratio: float) -> bool:
 
 def _list_one(given: str, *, include: str, exclude: Sequence[str]) -> list[SourceFile]:
     root = expand_path(given)
-    if root.is_file():
+    # os.path, because pathlib raises where a directory may not be entered.
+    if os.path.isfile(root):
         return [_describe(root, root.name)]
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise DataError(f"data.paths holds {given!r}, but there is no file or directory {root}. Correct the path.")
     found = sorted(_walk(root, include=include, exclude=frozenset(exclude)), key=lambda source: source.name)
     if not found:

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsmoe_ray import clock
 from dsmoe_ray.durable import sync_directory
-from dsmoe_ray.errors import TrainingError
+from dsmoe_ray.errors import CheckpointError, TrainingError
 from dsmoe_ray.training.metrics import StepMetrics
 
 
@@ -29,11 +29,11 @@ class MetricsLog:
         """Cut off the rows of later steps, in one rename; call it before the first row is added.
 
         Raises:
-            TrainingError: the rows up to ``step`` are not all there.
+            CheckpointError: the rows up to ``step`` are not all there.
         """
         if 0 < self.step < step:
             # No rows at all are right where a run starts from another run's checkpoint.
-            raise TrainingError(
+            raise CheckpointError(
                 f"{self._path} ends at step {self.step}, but the checkpoint to resume from is of step {step}. "
                 "Restore the file, or start over with --resume never (nothing is deleted)."
             )

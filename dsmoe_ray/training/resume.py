@@ -96,7 +96,7 @@ def check_continues(directory: RunDirectory, config: TrainingRunConfig) -> None:
     """
     if not directory.config.exists():
         return
-    saved = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    saved = _read_saved_config(directory)
     new = config.model_dump(mode="json")
     changed = [f"model.{line}" for line in _differences(_shape(saved.get("model")), _shape(new["model"]))]
     if changed:
@@ -110,6 +110,20 @@ def check_continues(directory: RunDirectory, config: TrainingRunConfig) -> None:
             f"{directory.root} holds a run with another order of samples: {'; '.join(moved)}. Going on would skip or "
             "repeat some. Undo the change, or name the checkpoint (--resume DIR) if that is meant."
         )
+
+
+def _read_saved_config(directory: RunDirectory) -> dict[str, Any]:
+    try:
+        saved = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        saved = None
+    sections = {section for section, _ in _ORDER_KEYS}
+    if not (isinstance(saved, dict) and all(isinstance(saved.get(section), dict) for section in sections)):
+        raise ConfigError(
+            f"{directory.config} is damaged, so nobody can tell whether this config continues that run. Restore the "
+            "file; or delete it, if you know that model, seed and batch are those of the run."
+        )
+    return saved
 
 
 def _plan_from(directory: RunDirectory, path: Path) -> ResumePlan:

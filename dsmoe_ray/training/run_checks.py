@@ -4,16 +4,20 @@ A config that contradicts itself never gets here: reading it fails already. What
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dsmoe_ray.data.sources import expand_path
 from dsmoe_ray.model.config import MoaConfig, MoeConfig
 from dsmoe_ray.training.config import TrainingRunConfig
 
 # A byte-level vocabulary has every byte and the token that ends a document.
 SMALLEST_VOCABULARY = 257
+# The process that starts a run reads these itself, so what it does not find there is missing for good.
+_READ_AT_START = ("data", "tokenizer", "init_from")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,15 @@ def run_checks(config: TrainingRunConfig) -> list[Check]:
         _check_init_from,
     ]
     return [found for check in checks if (found := check(config)) is not None]
+
+
+def find_obstacles(config: TrainingRunConfig) -> list[str]:
+    """Return why a run cannot start from this process, which must see the files of the run."""
+    return [
+        check.detail
+        for check in run_checks(config)
+        if check.status == "failed" or (check.status == "warning" and check.name in _READ_AT_START)
+    ]
 
 
 def describe_deployed(config: TrainingRunConfig) -> str:
@@ -100,7 +113,7 @@ def _check_schedule(config: TrainingRunConfig) -> Check:
 
 def _check_data_paths(config: TrainingRunConfig) -> Check:
     paths = config.data.paths
-    missing = [path for path in paths if path != "{stdlib}" and "://" not in path and not Path(path).exists()]
+    missing = [path for path in paths if not os.path.exists(expand_path(path))]
     if missing:
         detail = f"not found from here: {', '.join(missing)}; training needs data.paths to exist on its machines"
         return Check("data", "warning", detail)
@@ -110,15 +123,12 @@ def _check_data_paths(config: TrainingRunConfig) -> Check:
 def _check_tokenizer(config: TrainingRunConfig) -> Check:
     vocab_size, path = config.model.vocab_size, config.data.tokenizer
     if path is None:
-        if vocab_size < SMALLEST_VOCABULARY:
-            detail = f"model.vocab_size={vocab_size} is too small for bytes; use at least {SMALLEST_VOCABULARY}"
-            return Check("tokenizer", "failed", detail)
-        return Check("tokenizer", "passed", f"byte-level BPE of {vocab_size} tokens, trained on the data")
-    if not Path(path).is_file():
+        return _check_default_tokenizer(vocab_size, config.model.init_from)
+    if not os.path.isfile(expand_path(path)):
         detail = f"data.tokenizer={path} is not a file here; training needs a tokenizer.json there"
         return Check("tokenizer", "warning", detail)
     try:
-        size = _read_vocabulary_size(Path(path))
+        size = _read_vocabulary_size(expand_path(path))
     except (ValueError, KeyError, TypeError, OSError) as error:
         detail = f"data.tokenizer={path} cannot be read as a tokenizer.json ({type(error).__name__}: {error})"
         return Check("tokenizer", "failed", detail)
@@ -126,6 +136,15 @@ def _check_tokenizer(config: TrainingRunConfig) -> Check:
         detail = f"{path} has token ids up to {size - 1}; raise model.vocab_size from {vocab_size} to {size} or more"
         return Check("tokenizer", "failed", detail)
     return Check("tokenizer", "passed", f"{path}: {size} tokens in a vocabulary of {vocab_size}")
+
+
+def _check_default_tokenizer(vocab_size: int, init_from: str | None) -> Check:
+    if init_from is not None:
+        return Check("tokenizer", "passed", f"that of {init_from}")
+    if vocab_size < SMALLEST_VOCABULARY:
+        detail = f"model.vocab_size={vocab_size} is too small for bytes; use at least {SMALLEST_VOCABULARY}"
+        return Check("tokenizer", "failed", detail)
+    return Check("tokenizer", "passed", f"byte-level BPE of {vocab_size} tokens, trained on the data")
 
 
 def _read_vocabulary_size(path: Path) -> int:
@@ -140,6 +159,6 @@ def _check_init_from(config: TrainingRunConfig) -> Check | None:
     path = config.model.init_from
     if path is None:
         return None
-    if not (Path(path) / "manifest.json").is_file():
+    if not os.path.isfile(os.path.join(os.path.expanduser(path), "manifest.json")):
         return Check("init_from", "warning", f"model.init_from={path} is not an artifact here; training needs it")
     return Check("init_from", "passed", path)

@@ -1,6 +1,7 @@
 """The directory of a run: what lies where in it, who may write to it, and whether every shard sees the same one."""
 
 import fcntl
+import logging
 import os
 import secrets
 import socket
@@ -13,6 +14,12 @@ from dsmoe_ray.artifact.manifest import read_manifest
 from dsmoe_ray.config_io import to_yaml
 from dsmoe_ray.errors import ArtifactError, ConfigError
 from dsmoe_ray.training.config import TrainingRunConfig
+
+logger = logging.getLogger(__name__)
+
+
+JOB_COPY = "working_dir_files"
+"""Ray unpacks the working directories of jobs under a directory of this name."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class RunDirectory:
                     f"{self.root} is in use by another run ({stream.read().strip()}). "
                     "Wait for it, stop it with SIGTERM, or set run.dir to another directory."
                 ) from None
+            except OSError as error:
+                logger.warning("no file locks at %s (%s): do not start two runs there at once", self.root, error)
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}")
             stream.flush()
@@ -108,9 +117,17 @@ def open_run_directory(config: TrainingRunConfig) -> RunDirectory:
     """Create the run directory if need be.
 
     Raises:
-        ConfigError: it cannot be created or written.
+        ConfigError: it cannot be created or written, or would be deleted with the job.
     """
-    root = Path(config.run.dir).expanduser().absolute()
+    try:
+        root = Path(config.run.dir).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(f"run.dir={config.run.dir!r} names the home of an unknown user; write the path.") from error
+    if JOB_COPY in root.parts:
+        raise ConfigError(
+            f"run.dir: {root} lies in the copy of the working directory that Ray made for this job and deletes after "
+            "it. Set run.dir to an absolute path on a file system that every machine of the cluster mounts."
+        )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("a"):

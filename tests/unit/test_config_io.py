@@ -166,6 +166,7 @@ def write(tmp_path: Path, text: str) -> Path:
         pytest.param("", "must hold a YAML mapping with sections; found NoneType", id="empty"),
         pytest.param("name: [", "is not valid YAML", id="broken"),
         pytest.param("name: a\nhot: true\nname: b\n", "found the key 'name' twice", id="repeated key"),
+        pytest.param("name: 2020-13-45\n", "is not valid YAML: month must be in 1..12", id="impossible date"),
         pytest.param("name: !!python/object/apply:os.getcwd []\n", "is not valid YAML", id="python object"),
     ],
 )
@@ -193,6 +194,7 @@ def test_overrides_replace_add_and_open_sections(tmp_path):
         pytest.param("a..b=1", "is not of the form section.key=value", id="empty part"),
         pytest.param("name.first=1", "'name' is a value, not a section; it cannot hold 'first'", id="inside a value"),
         pytest.param("name=[", "the value is not valid YAML", id="broken value"),
+        pytest.param("name=0x_", "the value is not valid YAML", id="value that Python refuses"),
     ],
 )
 def test_a_bad_override_is_refused(tmp_path, override, pattern):

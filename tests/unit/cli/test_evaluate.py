@@ -77,6 +77,8 @@ def test_limits_are_kept(artifact, text_file, capsys):
         pytest.param(["--routing", "top_k=9"], "top_k must be at most num_experts", id="k beyond N"),
         pytest.param(["--max-tokens", "0"], "max_tokens must be at least 1", id="no tokens"),
         pytest.param(["--seq-len", "33"], "this model takes sequences of 1 to 32 tokens", id="long sequence"),
+        pytest.param(["--data", ""], "the data '': paths[0]", id="empty path"),
+        pytest.param(["--include", "a/b"], "include holds 'a/b'; give a name without '/'", id="impossible pattern"),
         pytest.param(["--data", "/nowhere/at/all"], "no file or directory /nowhere/at/all", id="no data"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsmoe_ray.errors import TrainingError
+from dsmoe_ray.errors import CheckpointError, TrainingError
 from dsmoe_ray.training.metrics_log import EventLog, MetricsLog, read_rows
 from tests.fakes.fake_shards import make_metrics
 
@@ -58,7 +58,7 @@ def test_a_step_that_does_not_follow_is_refused(path, step):
 
 def test_a_checkpoint_beyond_the_last_row_is_refused(path):
     append(path, 1, 3)
-    with pytest.raises(TrainingError, match="ends at step 3, but the checkpoint to resume from is of step 5"):
+    with pytest.raises(CheckpointError, match="ends at step 3, but the checkpoint to resume from is of step 5"):
         MetricsLog(path).keep_until(5)
 
 

@@ -137,6 +137,13 @@ def test_another_order_of_samples_is_refused_naming_what_changed(directory, tiny
         plan_resume(directory, tiny_config("run.seed=5"), "auto")
 
 
+@pytest.mark.parametrize("text", ["", "a: [", "model: 3"], ids=["empty", "no YAML", "no config"])
+def test_a_damaged_config_of_the_run_is_refused(directory, config, text):
+    directory.config.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
+        plan_resume(directory, config, "auto")
+
+
 @pytest.mark.parametrize(
     "override",
     ["parallel.ep=2", "train.steps=99", "train.lr=0.1", "model.ffn.router.inference={mode: top_k, top_k: 2}"],

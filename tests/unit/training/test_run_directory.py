@@ -45,5 +45,17 @@ def test_a_directory_that_cannot_be_made_is_refused(tiny_config, tmp_path):
         open_run_directory(tiny_config(f"run.dir={tmp_path / 'file' / 'run'}"))
 
 
+def test_the_home_of_an_unknown_user_is_refused(tiny_config):
+    with pytest.raises(ConfigError, match="home of an unknown user"):
+        open_run_directory(tiny_config("run.dir=~nobody-of-this-name/run"))
+
+
+def test_a_directory_that_goes_with_the_job_is_refused(tiny_config, tmp_path):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "runs" / "quickstart"
+    with pytest.raises(ConfigError, match="lies in the copy of the working directory"):
+        open_run_directory(tiny_config(f"run.dir={copy}"))
+    assert not copy.exists()
+
+
 def test_no_model_has_been_published_in_a_new_directory(directory):
     assert not directory.has_artifact_of(4)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dsmoe_ray.training.run_checks import run_checks
+from dsmoe_ray.training.run_checks import find_obstacles, run_checks
 from dsmoe_ray.training.validation import build_report
 
 
@@ -29,7 +29,18 @@ def test_a_clean_run_passes_every_check(tiny_config, text_dir):
 def test_missing_data_is_a_warning_that_names_the_path(tiny_config):
     check = find(tiny_config("data.paths=['{stdlib}', s3://bucket/x, /no/such/place]"), "data")
     assert check.status == "warning"
-    assert "/no/such/place" in check.detail and "bucket" not in check.detail and "stdlib" not in check.detail
+    assert "/no/such/place" in check.detail and "s3://bucket" in check.detail and "stdlib" not in check.detail
+
+
+def test_paths_are_looked_for_where_training_reads_them(tiny_config, text_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(text_dir.parent))
+    assert find(tiny_config("data.paths=['{stdlib}/json', ~/text]"), "data").status == "passed"
+
+
+def test_a_run_cannot_start_where_its_data_is_missing(tiny_config, text_dir):
+    assert find_obstacles(tiny_config()) == []
+    [obstacle] = find_obstacles(tiny_config("data.paths=[/no/such/place]"))
+    assert "/no/such/place" in obstacle
 
 
 @pytest.mark.parametrize(
