@@ -67,7 +67,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def _kib(text: str) -> int:
-    return int(text.split()[0]) * 1024
+    return int(text.split(maxsplit=1)[0]) * 1024
 
 
 def _answer(answers: TextIO, values: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ class Worker:
     """One process."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self._complaints: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._complaints: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "dsmoe_ray.bench.worker"],
             stdin=subprocess.PIPE,
