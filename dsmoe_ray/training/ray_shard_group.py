@@ -8,7 +8,7 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from dsmoe_ray.errors import ConfigError, ExchangeError
+from dsmoe_ray.errors import ConfigError, DsmoeError, ExchangeError
 from dsmoe_ray.training.expert_shard import THREAD_OF_METHOD, ExpertShard
 from dsmoe_ray.training.placement import PlacementPlan
 from dsmoe_ray.training.shard_group import ShardSetup
@@ -43,9 +43,11 @@ class RayCall:
             cause = error.cause if isinstance(error.cause, Exception) else error
             if isinstance(cause, ExchangeError):
                 self._cut_off[rank] = str(cause)
-            else:
+                return
+            if not isinstance(cause, DsmoeError):
+                # Where it happened tells what went wrong; errors raised on purpose say it themselves.
                 cause.add_note(f"raised by rank {rank}:\n{error}")
-                self._errors[rank] = cause
+            self._errors[rank] = cause
         except _PROCESS_GONE as error:
             self._lost[rank] = _describe_loss(error)
         except RayError as error:

@@ -49,18 +49,23 @@ def run_on_ray(
         UserError: data, configuration or cluster do not allow the run.
         TrainingError: the run failed while training.
     """
-    apply_resume(directory, plan)
-    directory.write_config(config)
     stop = StopRequest()
     with ray_session(config.parallel, address=address) as session, stop_on_signals(stop):
         if session.dashboard_url:
             reporter.say(f"dashboard: {session.dashboard_url}")
-        prepared = None
-        try:
-            prepared = _prepare(config, directory, reporter)
-            finished = _train(config, directory, plan, prepared=prepared, reporter=reporter, stop=stop)
-        except StopRequestedError:
-            finished = Finished(plan.step, complete=False)
+        return run_in_session(config, directory, plan, reporter=reporter, stop=stop)
+
+
+def run_in_session(
+    config: TrainingRunConfig, directory: RunDirectory, plan: ResumePlan, *, reporter: Reporter, stop: StopRequest
+) -> RunResult:
+    """Do as ``run_on_ray`` on the Ray that this process is connected to, until the last step or ``stop``."""
+    prepared = None
+    try:
+        prepared = _prepare(config, directory, reporter)
+        finished = _train(config, directory, plan, prepared=prepared, reporter=reporter, stop=stop)
+    except StopRequestedError:
+        finished = Finished(plan.step, complete=False)
     return RunResult(finished.step, complete=finished.complete, prepared=prepared)
 
 
@@ -72,8 +77,6 @@ def _prepare(config: TrainingRunConfig, directory: RunDirectory, reporter: Repor
     reporter.say(
         f"data: {state}, {prepared.num_train_tokens:,} tokens to train on, {prepared.num_held_out_tokens:,} held out"
     )
-    if prepared.bad_rows.total:
-        reporter.say(f"data: {prepared.bad_rows.total} bad rows were left out, see {prepared.report_path}")
     return prepared
 
 
@@ -97,6 +100,9 @@ def _train(
         device=placement.device,
     )
     shards = RayShardGroup(setup, placement, reserve(placement, timeout_s=config.parallel.timeout_s))
+    # Only now: a run that cannot start must leave the run directory as it was.
+    apply_resume(directory, plan)
+    directory.write_config(config)
     files = RunFiles(directory, MetricsLog(directory.metrics), EventLog(directory.events))
     coordinator = Coordinator(
         config, shards=shards, files=files, reporter=reporter, stop=stop, checkpoint=plan.checkpoint

@@ -14,7 +14,7 @@ import torch
 
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.data.token_shards import TokenShards
-from dsmoe_ray.errors import ExchangeError
+from dsmoe_ray.errors import ExchangeError, TrainingError
 from dsmoe_ray.parallel.collectives import collective_named, join_world, leave_world
 from dsmoe_ray.training.checkpoint import CheckpointWriter, SaveHandle
 from dsmoe_ray.training.checkpoint_commit import WrittenPart
@@ -38,6 +38,7 @@ class ExpertShardWorker:
         self._writer: CheckpointWriter | None = None
         self._save: SaveHandle | None = None
         self._busy_since_s: float | None = None
+        self._failure: TrainingError | None = None
 
     def describe(self, probe: Path, *, address: str = "127.0.0.1", node_id: str = "") -> ShardDescription:
         """Tell where this shard is, as far as its caller knows, and what it reads from ``probe``."""
@@ -79,17 +80,27 @@ class ExpertShardWorker:
     def run_steps(self, num_steps: int) -> list[StepMetrics]:
         """Do steps and return their metrics, equal on all ranks.
 
+        When a step raises ``TrainingError``, those before it are returned first, and the next call raises it.
+
         Raises:
             ExchangeError: a peer is gone; from then on every call fails likewise until ``leave``.
             TrainingError: the loss stays non-finite.
         """
         trainer = self._joined()
-        return self._guarded(lambda: [self._timed(trainer.run_step) for _ in range(num_steps)])
+        rows: list[StepMetrics] = []
+        try:
+            for _ in range(num_steps):
+                rows.append(self._guarded(trainer.run_step))
+        except TrainingError as error:
+            if not rows:
+                raise
+            self._failure = error
+        return rows
 
     def evaluate(self) -> EvalMetrics:
         """Measure held-out loss together with the other ranks."""
         trainer = self._joined()
-        return self._guarded(lambda: self._timed(trainer.evaluate))
+        return self._guarded(trainer.evaluate)
 
     def start_checkpoint(self, step: int) -> None:
         """Copy the state and begin to write it; ``step`` steps are done."""
@@ -118,6 +129,8 @@ class ExpertShardWorker:
         )
 
     def _joined(self) -> Trainer:
+        if self._failure is not None:
+            raise self._failure
         if self._trainer is None:
             raise ExchangeError(f"rank {self._rank} is not in a world")
         return self._trainer
@@ -125,19 +138,15 @@ class ExpertShardWorker:
     def _guarded(self, work: Callable[[], R]) -> R:
         """Run collective work; once it failed, calls that are already queued must not enter the broken world again."""
         cause = None
+        self._busy_since_s = monotonic_s()
         try:
             # Our own collectives carry their names; FSDP2's raise a bare RuntimeError.
             with collective_named("a collective of FSDP2"):
                 return work()
         except ExchangeError as error:
             cause = str(error)
+        finally:
+            self._busy_since_s = None
         self._trainer = None
         # Raised outside the handler: its frames would keep the broken connections open.
         raise ExchangeError(cause)
-
-    def _timed(self, work: Callable[[], R]) -> R:
-        self._busy_since_s = monotonic_s()
-        try:
-            return work()
-        finally:
-            self._busy_since_s = None

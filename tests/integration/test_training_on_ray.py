@@ -1,4 +1,4 @@
-"""Whole runs of ``dsmoe train`` on a local cluster: to the end, stopped, killed, resumed; with losses equal to the bit."""
+"""Whole runs of ``dsmoe train`` on a local cluster: to the end, stopped, killed, resumed; losses are equal to a bit."""
 
 import json
 import os
@@ -187,7 +187,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(start, undisturbed):
     stopped_at = len(job.rows)
     assert 20 <= stopped_at < STEPS
     assert list_checkpoints(job.run_dir / "checkpoints")[-1].name == f"step-{stopped_at:08d}"
-    assert f"Stopped at step {stopped_at} of {STEPS}. The same command continues the run." in job.log.read_text()
+    assert f"Stopped at step {stopped_at} of {STEPS}. The same command continues the run" in job.log.read_text()
     again = start()
     assert again.finish() == 0
     assert again.events_of("started")[-1]["step"] == stopped_at

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from dsmoe_ray.data.token_shards import TokenShards
-from dsmoe_ray.errors import ExchangeError
+from dsmoe_ray.errors import ExchangeError, TrainingError
 from dsmoe_ray.training import shard_worker
 from dsmoe_ray.training.checkpoint_commit import commit_checkpoint
 from dsmoe_ray.training.shard_group import ShardSetup
 from dsmoe_ray.training.shard_worker import ExpertShardWorker
+from tests.fakes.fake_shards import make_metrics
 
 
 @pytest.fixture
@@ -82,6 +83,22 @@ def test_after_a_failed_collective_queued_calls_do_not_enter_the_world_again(wor
         worker.run_steps(1)
     with pytest.raises(ExchangeError, match="not in a world"):
         worker.run_steps(1)
+
+
+def test_steps_before_a_failing_one_are_told_before_the_failure(worker, monkeypatch):
+    join(worker)
+    steps = iter([make_metrics(1), make_metrics(2)])
+
+    def run_step():
+        row = next(steps, None)
+        if row is None:
+            raise TrainingError("not finite")
+        return row
+
+    monkeypatch.setattr(worker._trainer, "run_step", run_step)
+    assert [row.step for row in worker.run_steps(5)] == [1, 2]
+    with pytest.raises(TrainingError, match="not finite"):
+        worker.run_steps(5)
 
 
 def test_a_ping_tells_how_long_a_step_has_been_running(worker, monkeypatch):
