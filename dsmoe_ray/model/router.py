@@ -50,6 +50,8 @@ class Router(nn.Module):
             router_logits_TE = router_logits_TE * 0.0
         router_probs_TE = router_logits_TE.softmax(dim=-1)
         gates_TE, selected_TE = select(router_probs_TE, routing, renormalize=self.config.gates == "renormalized")
+        if self.force_balanced and selected_TE is not None:
+            gates_TE, selected_TE = _rotate(gates_TE), _rotate(selected_TE)
         return Routing(router_logits_TE, router_probs_TE, gates_TE * self.config.gate_scale, selected_TE)
 
 
@@ -74,6 +76,13 @@ def select(
         # A threshold may leave a token without experts; its gates stay zero.
         gates_TE = gates_TE / gates_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(gates_TE.dtype).tiny)
     return gates_TE, selected_TE
+
+
+def _rotate(choice_TE: torch.Tensor) -> torch.Tensor:
+    """Move the choice of token t on by t experts: ties go to the lowest ids, so equal tokens would all share those."""
+    num_tokens, num_experts = choice_TE.shape
+    tokens_T, experts_E = (torch.arange(size, device=choice_TE.device) for size in (num_tokens, num_experts))
+    return choice_TE.gather(-1, (experts_E - tokens_T[:, None]) % num_experts)
 
 
 def _selection(router_probs_TE: torch.Tensor, routing: RoutingConfig) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
 from dsmoe_ray.model.losses import linear_cross_entropy
 from dsmoe_ray.model.moa import MixtureOfAttention
 from dsmoe_ray.model.moe import DenseFfn, MixtureOfExperts
+from dsmoe_ray.model.norm import RmsNorm
 from dsmoe_ray.model.rope import compute_rotations
 from dsmoe_ray.model.router import DENSE, Routing
 
@@ -45,20 +46,6 @@ def deployed_routing(config: ModelConfig) -> list[LayerRouting]:
     attention = DENSE if isinstance(config.attention, GqaConfig) else config.attention.router.inference
     ffn = config.ffn.router.inference if isinstance(config.ffn, MoeConfig) else DENSE
     return [LayerRouting(attention, ffn)] * config.num_layers
-
-
-class RmsNorm(nn.Module):
-    """Root-mean-square norm, computed in float32."""
-
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(d_model))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x`` with unit root mean square, scaled per channel, in the type of ``x``."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return functional.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -155,8 +142,13 @@ class Transformer(nn.Module):
             routing: Rules of each layer; by default every expert is on.
             cache: Keys and values of earlier positions, extended by this pass.
             exchange: How tokens meet FFN experts.
-            last_logits_only: Return logits of the last position, ``(B, 1, V)``.
+            last_logits_only: Return logits of the last position, ``(B, 1, V)``; not together with targets.
+
+        Raises:
+            ValueError: the sequence is too long, or targets were given with ``last_logits_only``.
         """
+        if last_logits_only and targets_BS is not None:
+            raise ValueError("last_logits_only returns logits and targets_BS a loss over all positions; give only one")
         context = self._attention_context(tokens_BS, positions_BS, document_ids_BS, cache)
         rules = routing if routing is not None else [LayerRouting()] * self.config.num_layers
         x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)

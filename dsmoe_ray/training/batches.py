@@ -32,7 +32,7 @@ class BatchReader:
         num_samples = data.num_samples(config.train.seq_len)
         if num_samples < 1:
             raise DataError(
-                f"the training text has fewer than seq_len + 1 = {config.train.seq_len + 1} tokens; "
+                f"the training text has {data.num_tokens} tokens, fewer than seq_len + 1 = {config.train.seq_len + 1}; "
                 "add text or lower train.seq_len"
             )
         self._order = SampleOrder(num_samples=num_samples, seed=config.run.seed)
@@ -45,9 +45,18 @@ class BatchReader:
         return [self._read(self._data, indices[start : start + size]) for start in range(0, per_rank, size)]
 
     def read_held_out(self, held_out: TokenShards) -> list[Batch]:
-        """Return this rank's part of the first ``eval_tokens`` of the held-out text, the same for every evaluation."""
+        """Return this rank's part of the first ``eval_tokens`` of the held-out text, the same for every evaluation.
+
+        Raises:
+            DataError: the held-out text is shorter than one sample.
+        """
         world_size, seq_len = self._config.parallel.world_size, self._config.train.seq_len
         available = held_out.num_samples(seq_len)
+        if available < 1:
+            raise DataError(
+                f"the held-out text has {held_out.num_tokens} tokens, fewer than seq_len + 1 = {seq_len + 1}; "
+                "raise data.held_out_ratio or lower train.seq_len"
+            )
         wanted = min(available, max(self._config.train.eval_tokens // seq_len, 1))
         # All ranks hold equally many sequences at a time, because experts exchange equal parts.
         per_rank = max(wanted // world_size, 1)

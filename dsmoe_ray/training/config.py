@@ -127,7 +127,7 @@ class DebugConfig(Config):
 
     deterministic: bool = False
     force_balanced_routing: bool = False
-    """Replace router probabilities by uniform ones."""
+    """Replace router probabilities by uniform ones; where experts are selected, tokens take them in turn."""
     detect_anomaly: bool = False
     profile_steps: tuple[NonNegativeInt, PositiveInt] | None = None
     """First and last step to profile; traces go to ``profile/`` in the run directory."""

@@ -13,6 +13,7 @@ from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.data.token_shards import TokenShards
 from dsmoe_ray.errors import CheckpointError, ConfigError, TrainingError
+from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.dispatch import TokenExchange
 from dsmoe_ray.model.init import draw_initial
 from dsmoe_ray.model.rope import compute_rotations
@@ -223,18 +224,34 @@ def _initial_values(config: TrainingRunConfig) -> InitialValue:
     model, seed = config.model, config.run.seed
     if model.init_from is None:
         return lambda name, shape: draw_initial(name, shape, model, seed=seed)
-    weights = load_artifact(Path(model.init_from)).load_state_dict(torch.float32)
+    artifact = load_artifact(Path(model.init_from))
+    differences = _differences(_identity(artifact.model_config), _identity(model))
+    if differences:
+        raise ConfigError(
+            f"model.init_from={model.init_from} is another model than this run's: {'; '.join(differences)}. "
+            "Give the model section the values of the artifact."
+        )
+    weights = artifact.load_state_dict(torch.float32)
 
-    def read(name: str, shape: torch.Size) -> torch.Tensor:
-        found = weights[name].shape if name in weights else None
-        if found != shape:
-            raise ConfigError(
-                f"model.init_from={model.init_from} has {name} of shape {found and tuple(found)}, this run's model "
-                f"needs {tuple(shape)}. Give the model section the shape of the artifact."
-            )
-        return weights[name]
+    return lambda name, shape: weights[name]
 
-    return read
+
+def _identity(model: ModelConfig) -> dict[str, Any]:
+    """Return what the same weights need to be the same function; fine-tuning may change how far positions reach."""
+    inference = {"router": {"inference": True}}
+    free = dict.fromkeys(("init_from", "init_std", "max_seq_len", "rope_theta"), True)
+    return model.model_dump(mode="json", exclude={**free, "attention": inference, "ffn": inference})
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(theirs.keys() | ours.keys()):
+        left, right = theirs.get(key), ours.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += _differences(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} is {left} there and {right} here")
+    return found
 
 
 def find_nonfinite_layer(model: Transformer, batch: Batch, exchange: TokenExchange) -> str:
@@ -251,8 +268,11 @@ def find_nonfinite_layer(model: Transformer, batch: Batch, exchange: TokenExchan
 
     handles = [block.register_forward_hook(watch(f"layer {layer}")) for layer, block in enumerate(model.blocks)]
     handles.append(model.embedding.register_forward_hook(watch("the embedding")))
+    handles.append(model.norm.register_forward_hook(watch("the last norm")))
     with torch.no_grad():
-        model(batch.tokens_BS, targets_BS=batch.targets_BS, exchange=exchange)
+        loss_sum = model(batch.tokens_BS, targets_BS=batch.targets_BS, exchange=exchange).loss_sum
     for handle in handles:
         handle.remove()
+    if not torch.isfinite(loss_sum):
+        found.append("the output head")
     return found[0] if found else "none in the forward pass, so the gradient"

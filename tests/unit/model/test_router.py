@@ -153,3 +153,16 @@ def test_forcing_balance_makes_all_probabilities_equal_and_keeps_the_router_in_t
     torch.testing.assert_close(routing.router_probs_TE, torch.full((3, 4), 0.25))
     routing.gates_TE.sum().backward()
     assert torch.equal(router.proj.weight.grad, torch.zeros(4, 6))
+
+
+@pytest.mark.parametrize("num_tokens, num_experts, top_k", [(12, 4, 1), (12, 4, 3), (10, 5, 2)])
+@pytest.mark.parametrize("gates", ["raw", "renormalized"])
+def test_forced_balance_gives_every_expert_equally_many_tokens(gates, num_tokens, num_experts, top_k):
+    router = make_router(gates=gates, num_experts=num_experts)
+    router.force_balanced = True
+    rule = RoutingConfig.model_validate({"mode": "top_k", "top_k": top_k})
+    routing = router(randn(num_tokens, 6).float(), rule)
+    assert routing.selected_TE.sum(-1).tolist() == [top_k] * num_tokens
+    assert routing.selected_TE.sum(0).tolist() == [num_tokens * top_k // num_experts] * num_experts
+    gate = 1 / num_experts if gates == "raw" else 1 / top_k
+    torch.testing.assert_close(routing.gates_TE, gate * routing.selected_TE)

@@ -251,3 +251,9 @@ def test_deployed_routing_is_what_the_config_says():
         model.config.model_dump() | {"ffn": FFNS["moe"] | {"router": {"inference": rule}}}
     )
     assert deployed_routing(config) == [LayerRouting(RoutingConfig(), RoutingConfig(mode="top_k", top_k=2))] * 2
+
+
+def test_logits_of_the_last_position_alone_do_not_go_with_targets():
+    tokens_BS = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="give only one"):
+        make_model()(tokens_BS, targets_BS=tokens_BS, last_logits_only=True)
