@@ -183,6 +183,23 @@ def test_two_ranks_that_share_a_gpu_train_like_one(degrees, on_gpu):
     assert steps[1][-1].loss == steps[0][-1].loss, "ranks disagree about the loss"
 
 
+@pytest.mark.parametrize("degrees", [{"ep": 2, "trunk": "shard"}, {"dp_shard": 2}], ids=["trunk", "dp_shard=2"])
+def test_parameters_sharded_over_two_ranks_that_share_a_gpu_train_like_whole_ones(degrees, on_gpu):
+    config = make_config(degrees)
+    results = run_on_ranks(_train_beside_a_peer, 2, free_port(), config, timeout_s=START_S)
+    steps, gradients, parameters = zip(*results, strict=True)
+    found = (steps[0], _whole(gradients, on_gpu[1]), _whole(parameters, on_gpu[2]))
+    check_same_run(found, on_gpu, tolerance=SAME_DEVICE, loss_tolerance=1e-4)
+
+
+def test_sparse_training_on_two_ranks_that_share_a_gpu_is_that_of_one():
+    routing = {"steps": 5, "routing_ffn": {"mode": "top_k", "top_k": 2}}
+    config = make_config({"ep": 2}, **routing)
+    results = run_on_ranks(_train_beside_a_peer, 2, free_port(), config, timeout_s=START_S)
+    expected = train(alone(GPU), make_config(**routing))
+    check_alike(_whole([result[1] for result in results], expected[1]), expected[1], tolerance=SAME_DEVICE)
+
+
 def test_two_ranks_that_share_a_gpu_train_like_one_in_bfloat16():
     config = make_config({"ep": 2}, dtype="bfloat16")
     results = run_on_ranks(_train_beside_a_peer, 2, free_port(), config, timeout_s=START_S)
