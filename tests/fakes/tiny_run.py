@@ -27,5 +27,7 @@ def make_shards(*, num_documents: int = 20, length: int = 100, vocab_size: int =
     return shards
 
 
-def make_trainer(config: TrainingRunConfig, *, data: TokenShards | None = None, held_out: TokenShards | None = None):
-    return Trainer(config, world=ALONE, data=data or make_shards(), held_out=held_out)
+def make_trainer(
+    config: TrainingRunConfig, *, world: World = ALONE, data: TokenShards | None = None, **rest: TokenShards | None
+) -> Trainer:
+    return Trainer(config, world=world, data=data or make_shards(), **rest)
