@@ -10,7 +10,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 IGNORED_TARGET = -100
-_CHUNK_ELEMENTS = 1 << 22
+# Logits formed at a time: on a CPU they stay in its cache, and a GPU is kept busy.
+_CHUNK_ELEMENTS_CPU = 1 << 20
+_CHUNK_ELEMENTS_GPU = 1 << 22
+# The head's weights are read, and their gradient is added to, once a chunk: a large vocabulary gets this many rows.
+_MIN_CHUNK_ROWS_CPU = 256
+_MIN_CHUNK_ROWS_GPU = 1024
 
 
 def linear_cross_entropy(hidden_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
@@ -36,20 +41,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = hidden_TD.new_zeros((), dtype=dtype)
         dhidden_TD = torch.empty_like(hidden_TD) if needs_grad else None
         dweight_VD = torch.zeros_like(weight_VD, dtype=dtype) if needs_grad else None
-        chunk = max(1, _CHUNK_ELEMENTS // weight_VD.shape[0])
+        chunk = _rows_per_chunk(weight_VD)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits = functional.linear(hidden_TD[rows], weight_VD).to(dtype)
-            valid = targets_T[rows] != IGNORED_TARGET
-            targets = targets_T[rows].masked_fill(~valid, 0).unsqueeze(-1)
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += ((log_sum - logits.gather(-1, targets)).squeeze(-1) * valid).sum()
+            valid = (targets_T[rows] != IGNORED_TARGET).unsqueeze(-1)
+            targets = targets_T[rows].unsqueeze(-1).masked_fill(~valid, 0)
+            target_logits = logits.gather(-1, targets)
+            # One buffer from logits to their gradient, and one exponential: each pass over it counts.
+            largest = logits.amax(-1, keepdim=True)
+            exponentials = logits.sub_(largest).exp_()
+            sums = exponentials.sum(-1, keepdim=True)
+            total += ((largest + sums.log() - target_logits) * valid).sum()
             if dhidden_TD is not None and dweight_VD is not None:
-                probs = logits.sub_(log_sum).exp_()
-                probs.scatter_add_(-1, targets, probs.new_full((), -1.0).expand_as(targets))
-                dlogits = probs.mul_(valid.unsqueeze(-1)).to(hidden_TD.dtype)
-                dhidden_TD[rows] = dlogits @ weight_VD
-                dweight_VD += dlogits.t() @ hidden_TD[rows]
+                dlogits = exponentials.mul_(valid / sums).scatter_add_(-1, targets, -valid.to(dtype))
+                dlogits = dlogits.to(hidden_TD.dtype)
+                torch.mm(dlogits, weight_VD, out=dhidden_TD[rows])
+                if dweight_VD.dtype == dlogits.dtype:
+                    dweight_VD.addmm_(dlogits.t(), hidden_TD[rows])
+                else:
+                    dweight_VD += dlogits.t() @ hidden_TD[rows]
         ctx.save_for_backward(dhidden_TD, dweight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -60,6 +71,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Scale the gradients formed in the forward pass."""
         dhidden_TD, dweight_VD = ctx.saved_tensors
         return dhidden_TD * dtotal, (dweight_VD * dtotal).to(ctx.weight_dtype), None
+
+
+def _rows_per_chunk(weight_VD: torch.Tensor) -> int:
+    on_cpu = weight_VD.device.type == "cpu"
+    elements, min_rows = (
+        (_CHUNK_ELEMENTS_CPU, _MIN_CHUNK_ROWS_CPU) if on_cpu else (_CHUNK_ELEMENTS_GPU, _MIN_CHUNK_ROWS_GPU)
+    )
+    return max(elements // weight_VD.shape[0], min_rows)
 
 
 def router_entropies(router_logits_TE: torch.Tensor) -> torch.Tensor:
@@ -77,19 +96,39 @@ def mutual_information_share(
     and, as probabilities sum to one, the gradient of its first term; so every process can compute its own share.
 
     Args:
-        router_logits_TE: Router outputs before softmax of the tokens here ``(T, E)``.
-        mean_probs_E: Mean router probabilities over the global batch ``(E,)``; no gradient flows into it.
+        router_logits_TE: Router outputs before softmax of the tokens here ``(T, E)``; or of several layers at once,
+            ``(L, T, E)``.
+        mean_probs_E: Mean router probabilities over the global batch ``(E,)``, or ``(L, E)``; it gets no gradient.
         num_tokens: Tokens of the global batch.
 
     Returns:
-        Scalar in nats; the shares of all processes sum to the loss, in ``[-log E, 0]``. Lower is better.
+        Scalar in nats, summed over layers; the shares of all processes sum to the loss, in ``[-log E, 0]`` for each
+        layer. Lower is better.
 
     Source:
         Pan et al., "Dense Training, Sparse Inference", arXiv:2404.05567.
     """
-    log_probs_TE = router_logits_TE.log_softmax(-1)
     log_mean_E = mean_probs_E.detach().clamp_min(torch.finfo(mean_probs_E.dtype).tiny).log()
-    return (log_probs_TE.exp() * (log_mean_E - log_probs_TE)).sum() / num_tokens
+    return _MutualInformation.apply(router_logits_TE, log_mean_E.unsqueeze(-2)) / num_tokens
+
+
+class _MutualInformation(torch.autograd.Function):
+    """Sum over tokens of ``sum_i S_i (log(mean_i) - log(S_i))``; keeps nothing but its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, router_logits_TE: torch.Tensor, log_mean_1E: torch.Tensor) -> torch.Tensor:
+        log_probs_TE = router_logits_TE.log_softmax(-1)
+        probs_TE = log_probs_TE.exp()
+        surprise_TE = torch.sub(log_mean_1E, log_probs_TE, out=log_probs_TE)
+        loss_T1 = (probs_TE * surprise_TE).sum(-1, keepdim=True)
+        ctx.save_for_backward(surprise_TE.sub_(loss_T1).mul_(probs_TE))
+        return loss_T1.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (dlogits_TE,) = ctx.saved_tensors
+        return dlogits_TE * dloss, None
 
 
 def load_balance_share(router_probs_TE: torch.Tensor, load_share_E: torch.Tensor, *, num_tokens: int) -> torch.Tensor:

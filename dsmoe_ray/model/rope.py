@@ -37,6 +37,10 @@ def _rotate(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     real, imaginary = x_BSHd.chunk(2, dim=-1)
     out_BSHd = torch.empty_like(x_BSHd)
     out_real, out_imaginary = out_BSHd.chunk(2, dim=-1)
+    if x_BSHd.dtype == cos.dtype:
+        torch.mul(real, cos, out=out_real).addcmul_(imaginary, sin, value=-1)
+        torch.mul(imaginary, cos, out=out_imaginary).addcmul_(real, sin)
+        return out_BSHd
     # Angles are float32; products are rounded to the compute type once, on the way into the output.
     out_real.copy_(real * cos - imaginary * sin)
     out_imaginary.copy_(imaginary * cos + real * sin)

@@ -3,7 +3,7 @@
 Symbols of the formulas: T tokens of a micro-step on one rank, N = T * ep, D d_model, V vocabulary, A query heads *
 head_dim, G KV heads * head_dim, Q query heads, H the hidden width of all FFN experts together, m = 2 for SwiGLU and 1
 for GeLU, h router hidden width, Ea and Ef experts of attention and FFN, c bytes of the compute type (float32: 4,
-bfloat16: 2). Norms are counted as the CPU keeps them; a GPU's fused norm keeps 8 D bytes less per token and layer.
+bfloat16: 2). Norms are counted as the CPU keeps them; a GPU's at bfloat16 keeps 4 D bytes more per token and layer.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ COMPUTE_BYTES = {"float32": 4, "bfloat16": 2}
 MASTER_BYTES = 4
 # FSDP2 gathers the next layer while this one computes.
 GATHERED_LAYERS = 2
-# The loss forms its logits in chunks of this many elements, and holds about three such arrays at a time.
-LOSS_CHUNK_BYTES = 3 * 4 * 2**22
+# The loss forms its logits in chunks of this many elements or rows, whichever is more, and holds about three of them
+# at a time. A CPU takes a quarter of it.
+LOSS_CHUNK_ELEMENTS, LOSS_CHUNK_ROWS = 2**22, 1024
 
 
 @dataclass(frozen=True)
@@ -199,9 +200,9 @@ def _activations_bytes(model: ModelConfig, parallel: ParallelConfig, step: StepS
     """Return what autograd keeps, at its fullest.
 
     Kept per token and layer: attention half + FFN half (``none``); ``c D`` + losses + FFN half (``selective``); ``c D``
-    + losses (``full``), where losses is ``12 (Ea + Ef)``. The recomputed part of one layer comes on top, and so does
+    + losses (``full``), where losses is ``4 (Ea + Ef)``. The recomputed part of one layer comes on top, and so does
     the larger of two passing needs: the FFN backward's two hidden tensors, ``2 c N H / (ep * chunks)``, or the loss's
-    chunk of logits with its weight gradient. The head keeps ``T (8 + 2 c) D + 4 V D``.
+    chunk of logits with its weight gradient. The head keeps ``2 c T D + 4 V D``.
     """
     c, d_model, num_tokens = COMPUTE_BYTES[step.dtype], model.d_model, step.num_tokens_per_micro_step
     attention, ffn = _attention_bytes_per_token(model, c), _ffn_bytes_per_token(model, c)
@@ -215,34 +216,35 @@ def _activations_bytes(model: ModelConfig, parallel: ParallelConfig, step: StepS
     }[step.activation_checkpointing]
     layers = num_tokens * (model.num_layers * kept + recomputed)
     head_matrix = model.vocab_size * d_model
-    head = num_tokens * (8 + 2 * c) * d_model + 4 * head_matrix
+    head = num_tokens * 2 * c * d_model + 4 * head_matrix
     passing = max(
-        2 * c * num_tokens * total_d_ff(model.ffn) // parallel.exchange_chunks, LOSS_CHUNK_BYTES + c * head_matrix
+        2 * c * num_tokens * total_d_ff(model.ffn) // parallel.exchange_chunks,
+        3 * 4 * max(LOSS_CHUNK_ELEMENTS, LOSS_CHUNK_ROWS * model.vocab_size) + c * head_matrix,
     )
     return layers + head + passing
 
 
 def _attention_bytes_per_token(model: ModelConfig, c: int) -> int:
-    """Return one layer's attention half: norm ``(8 + c) D``, q, out ``2 c A``, k, v ``2 c G``, scores' sums ``4 Q``.
+    """Return one layer's attention half: norm ``2 c D``, q, out ``2 c A``, k, v ``2 c G``, scores' sums ``4 Q``.
 
     A mixture adds the gated output ``c A`` and its router.
     """
     attention = model.attention
     width, kv_width = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    total = (8 + c) * model.d_model + 2 * c * width + 2 * c * kv_width + 4 * attention.num_heads
+    total = 2 * c * model.d_model + 2 * c * width + 2 * c * kv_width + 4 * attention.num_heads
     if isinstance(attention, MoaConfig):
         total += c * width + _router_bytes_per_token(model, attention, c)
     return total
 
 
 def _ffn_bytes_per_token(model: ModelConfig, c: int) -> int:
-    """Return one layer's FFN half: norm ``(8 + c) D``, pre-activations ``m c H``, and a mixture's router.
+    """Return one layer's FFN half: norm ``2 c D``, pre-activations ``m c H``, and a mixture's router.
 
     A dense FFN, left to autograd, also keeps its activation: ``(m + 1 + (m - 1)) c H``.
     """
     num_branches = 2 if model.ffn.activation == "swiglu" else 1
     hidden = num_branches * c * total_d_ff(model.ffn)
-    total = (8 + c) * model.d_model + hidden
+    total = 2 * c * model.d_model + hidden
     if isinstance(model.ffn, MoeConfig):
         return total + _router_bytes_per_token(model, model.ffn, c)
     return total + hidden
@@ -260,8 +262,8 @@ def _router_bytes_per_token(model: ModelConfig, mixture: MoaConfig | MoeConfig, 
 
 
 def _loss_bytes_per_token(mixture: GqaConfig | DenseFfnConfig | MoaConfig | MoeConfig) -> int:
-    """Return what the mutual-information loss keeps of one layer's router: three float32 numbers per expert."""
-    return 3 * 4 * mixture.num_experts if isinstance(mixture, MoaConfig | MoeConfig) else 0
+    """Return what the mutual-information loss keeps of one layer's router: its gradient, in float32."""
+    return 4 * mixture.num_experts if isinstance(mixture, MoaConfig | MoeConfig) else 0
 
 
 def _gathered_tokens_bytes(model: ModelConfig, parallel: ParallelConfig, step: StepShape) -> int:

@@ -143,24 +143,26 @@ class StepStatistics:
 def _mutual_information(
     routings: Sequence[Routing], statistics: MixtureStatistics, weight: float, num_tokens: int
 ) -> list[torch.Tensor]:
-    if not weight:
+    if not weight or not routings:
         return []
-    return [
-        weight * mutual_information_share(routing.router_logits_TE, statistics.mean_probs[layer], num_tokens=num_tokens)
-        for layer, routing in enumerate(routings)
-    ]
+    # All layers at once: these tensors are so small that the number of operations is what costs.
+    logits_LTE = torch.stack([routing.router_logits_TE for routing in routings])
+    return [weight * mutual_information_share(logits_LTE, statistics.mean_probs, num_tokens=num_tokens)]
 
 
 def _layer_sums(routings: Sequence[Routing]) -> torch.Tensor | None:
     """Return probability sums, load sums, entropy sum and squared log-sum-exp sum per layer ``(L, 2 E + 2)``."""
     if not routings:
         return None
-    rows = []
-    for routing in routings:
-        probs_E = routing.router_probs_TE.sum(0)
-        # Dense training loads all experts alike; what the router would weigh them by is the telling load.
-        load_E = probs_E if routing.selected_TE is None else routing.selected_TE.sum(0).to(probs_E.dtype)
-        entropy = router_entropies(routing.router_logits_TE).sum().reshape(1)
-        z = routing.router_logits_TE.logsumexp(-1).square().sum().reshape(1)
-        rows.append(torch.cat([probs_E, load_E, entropy, z]))
-    return torch.stack(rows)
+    logits_LTE = torch.stack([routing.router_logits_TE for routing in routings])
+    probs_LE = torch.stack([routing.router_probs_TE.sum(0) for routing in routings])
+    # Dense training loads all experts alike; what the router would weigh them by is the telling load.
+    load_LE = torch.stack(
+        [
+            probs_E if routing.selected_TE is None else routing.selected_TE.sum(0).to(probs_E.dtype)
+            for routing, probs_E in zip(routings, probs_LE, strict=True)
+        ]
+    )
+    entropy_L = router_entropies(logits_LTE).sum(1)
+    z_L = logits_LTE.logsumexp(-1).square().sum(1)
+    return torch.cat([probs_LE, load_LE, entropy_L[:, None], z_L[:, None]], dim=1)

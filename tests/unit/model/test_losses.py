@@ -26,7 +26,8 @@ NUM_TOKENS, D_MODEL, VOCAB = 10, 5, 7
 @pytest.fixture(params=[1, 3, 4, 10, 1000], ids=lambda rows: f"{rows}-rows")
 def rows_per_chunk(request, monkeypatch):
     """Cut the tokens into parts of this many rows; ten tokens give full, ragged and single parts."""
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", request.param * VOCAB)
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS_CPU", request.param * VOCAB)
+    monkeypatch.setattr(losses, "_MIN_CHUNK_ROWS_CPU", 1)
     return request.param
 
 
