@@ -129,6 +129,12 @@ def test_recomputed_activations_on_a_gpu_change_nothing(checkpointing, on_gpu):
     check_same_run(found, on_gpu, tolerance=SAME_DEVICE, loss_tolerance=1e-4)
 
 
+def test_compiled_attention_on_a_gpu_changes_nothing(on_gpu):
+    found = train(alone(GPU), make_config(compile=True))
+    # Fused kernels have their own exp, as another device would.
+    check_same_run(found, on_gpu, tolerance=OTHER_DEVICE, loss_tolerance=5e-4)
+
+
 def _train_over_nccl(rank, port, config):
     """Train with the exchange of NCCL, which a world of one rank does without otherwise."""
     store = open_store(config.parallel, rank=rank, address="127.0.0.1", port=port)
