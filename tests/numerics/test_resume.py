@@ -32,47 +32,51 @@ RECIPE = (
 SAVED_AT, LAST = 4, 8
 
 
-def run_part(world, config, start, save, *, steps, digest="d"):
-    """Train from a checkpoint or from the seed; return what steps measured and the part that was saved."""
+def run_part(world, config, start, save, steps, digest="d"):
+    """Train from a checkpoint or from the seed; return what steps measured and what was saved, by step.
+
+    ``save`` is a directory and the step after which to save there; the run goes on beside the writing.
+    """
     trainer = make_trainer(config, world=world, data=make_shards(num_documents=5, digest=digest))
     if start is not None:
         trainer.restore(start)
-    rows = [trainer.run_step() for _ in range(steps)]
-    part = None
-    if save is not None:
-        writer = CheckpointWriter(save, mesh=world.mesh)
-        part = writer.start_save(trainer.checkpoint_state(), step=trainer.step).result(30)
-        writer.close()
-    # How long a step took is the one thing that may differ.
-    return [dataclasses.replace(row, step_time_s=0.0) for row in rows], part
+    directory, save_at = save or (None, None)
+    writer, handle, rows = CheckpointWriter(directory, mesh=world.mesh), None, []
+    for _ in range(steps):
+        # How long a step took is the one thing that may differ.
+        rows.append(dataclasses.replace(trainer.run_step(), step_time_s=0.0))
+        if trainer.step == save_at:
+            handle = writer.start_save(trainer.checkpoint_state(), step=save_at)
+    part = None if handle is None else handle.result(30)
+    writer.close()
+    return rows, part
 
 
 def run(config, *, start=None, save=None, steps, digest="d"):
     """Train on the ranks of the config; return the steps and the checkpoint."""
-    if config.parallel.world_size == 1:
-        results = [run_part(ALONE, config, start, save, steps=steps, digest=digest)]
-    else:
-        results = run_in_world(_run_part_of, config.parallel, config, start, save, steps)
+    arguments = (config, start, save, steps, digest)
+    alone = config.parallel.world_size == 1
+    results = [run_part(ALONE, *arguments)] if alone else run_in_world(run_part, config.parallel, *arguments)
     rows, parts = results[0][0], [part for _, part in results]
     assert all(found == rows for found, _ in results), "ranks disagree about what they measured"
-    path = None
-    if save is not None:
-        path = commit_checkpoint(save, step=rows[-1].step, parts=parts, config_digest="", mesh={}, keep=9)
-    return rows, path
-
-
-def _run_part_of(world, config, start, save, steps):
-    return run_part(world, config, start, save, steps=steps)
+    if save is None:
+        return rows, None
+    directory, step = save
+    return rows, commit_checkpoint(directory, step=step, parts=parts, config_digest="", mesh={}, keep=9)
 
 
 @pytest.mark.parametrize("mesh", [(), ("parallel.ep=2",)], ids=["one", "ep=2"])
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_last_bit(tiny_config, tmp_path, mesh):
     config = tiny_config(*RECIPE, *mesh)
-    uninterrupted, _ = run(config, steps=LAST)
-    first, checkpoint = run(config, save=tmp_path, steps=SAVED_AT)
-    second, _ = run(config, start=checkpoint, steps=LAST - SAVED_AT)
-    assert first + second == uninterrupted
+    uninterrupted, checkpoint = run(config, save=(tmp_path, SAVED_AT), steps=LAST)
+    resumed, _ = run(config, start=checkpoint, steps=LAST - SAVED_AT)
+    assert resumed == uninterrupted[SAVED_AT:]
     assert uninterrupted[-1].loss < uninterrupted[0].loss - 0.1, "a run that learns nothing compares nothing"
+
+
+def test_saving_does_not_disturb_the_run(tiny_config, tmp_path):
+    config = tiny_config(*RECIPE)
+    assert run(config, save=(tmp_path, SAVED_AT), steps=LAST)[0] == run(config, steps=LAST)[0]
 
 
 @pytest.mark.slow
@@ -81,8 +85,8 @@ def test_a_run_goes_on_over_two_one_and_four_ranks(tiny_config, tmp_path):
     recipe = (*RECIPE, "train.routing_ffn={mode: dense}", "train.routing_attention={mode: dense}")
     two, one, four = (tiny_config(*recipe, f"parallel.ep={ep}") for ep in (2, 1, 4))
     expected, _ = run(one, steps=LAST)
-    rows, checkpoint = run(two, save=tmp_path / "two", steps=3)
-    more, checkpoint = run(one, start=checkpoint, save=tmp_path / "one", steps=3)
+    rows, checkpoint = run(two, save=(tmp_path / "two", 3), steps=3)
+    more, checkpoint = run(one, start=checkpoint, save=(tmp_path / "one", 6), steps=3)
     last, _ = run(four, start=checkpoint, steps=2)
     found = rows + more + last
     assert [row.step for row in found] == list(range(1, LAST + 1))
@@ -94,7 +98,7 @@ def test_a_run_goes_on_over_two_one_and_four_ranks(tiny_config, tmp_path):
 
 @pytest.fixture
 def checkpoint(tiny_config, tmp_path):
-    return run(tiny_config(), save=tmp_path / "checkpoints", steps=1)[1]
+    return run(tiny_config(), save=(tmp_path / "checkpoints", 1), steps=1)[1]
 
 
 def test_a_checkpoint_of_other_tokens_is_refused(tiny_config, checkpoint):
