@@ -112,7 +112,8 @@ def rehearse_step(config: TrainingRunConfig) -> Rehearsal:
                 activation_checkpointing=train.activation_checkpointing,
             )
             _run_micro_step(model, config, num_sequences=num_sequences)
-            torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, foreach=False).step()
+        # Outside the block: the optimizer reads its step count, which must have a value.
+        torch.optim.AdamW(model.parameters(), lr=train.lr, betas=train.betas, foreach=False).step()
     except (RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(f"the shapes of this run do not fit: {error}") from error
     parameters = list(model.parameters())
