@@ -44,7 +44,11 @@ def command(
     field: Annotated[str, typer.Option(help="JSONL key or parquet column that holds the text.")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Measure loss, perplexity, active parameters and speed of a published model on some text."""
+    """Measure loss, perplexity, active parameters and speed of a published model on some text.
+
+    Windows of the text are read without regard to where documents end, also for a model trained with
+    data.document_boundaries.
+    """
     published = load_artifact(artifact)
     config = published.model_config
     settings = {name_routing(spec, config): resolve_routing(spec, config) for spec in routing or ("dense", DEPLOYED)}
