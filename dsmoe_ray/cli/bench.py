@@ -1,6 +1,7 @@
 """``dsmoe bench train``: measured ratios against named baselines, side by side in one run."""
 
 import json
+import os
 from enum import StrEnum
 from typing import Annotated
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from dsmoe_ray.bench.settings import Settings
 from dsmoe_ray.bench.train import choose_comparisons, measure_all
+from dsmoe_ray.cli.train import LOCAL_RAY_ENVIRONMENT
 from dsmoe_ray.errors import ConfigError
 
 
@@ -39,6 +41,8 @@ def command(
     """Measure our training step against named baselines, side by side; a bar that is missed is no error."""
     settings = Settings(device=device.value, num_threads=threads, num_pairs=pairs, quick=quick)
     comparisons = choose_comparisons(only or (), settings)
+    for name, value in LOCAL_RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import torch
 
     from dsmoe_ray.bench.machine import describe_machine
