@@ -96,6 +96,8 @@ def _train(
         reporter.say(note)
     if plan.checkpoint is not None:
         reporter.say(f"resuming from {plan.checkpoint}, step {plan.step}")
+    if address is None:
+        reporter.say("starting a local Ray")
     try:
         result = run_on_ray(config, directory, plan, address=address, reporter=reporter)
     except TrainingError as error:

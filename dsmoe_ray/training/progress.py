@@ -14,6 +14,8 @@ LINE_EVERY_S = 5.0
 _REFRESH_PER_S = 2.0
 """A faster bar would take time from shards on the same cores."""
 _SMOOTHING = 0.8
+_BAR_WIDTH = 12
+"""Leaves room for the figures on a narrow terminal."""
 
 
 class Reporter(Protocol):
@@ -129,7 +131,7 @@ class RichReporter:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=_BAR_WIDTH),
             _CountColumn(),
             TextColumn("{task.fields[detail]}"),
             console=console,
