@@ -152,5 +152,6 @@ def _measure(comparison: Comparison, settings: Settings) -> tuple[Any, str | Non
         return "measured", None, compare(settings, **dict(comparison.options))
     except BenchUnavailableError as error:
         return "skipped", str(error), None
-    except (BenchError, ExchangeError) as error:
+    except (BenchError, ExchangeError, RuntimeError) as error:
+        # RuntimeError is how torch tells that memory ran out; the other comparisons may still fit.
         return "failed", str(error), None
