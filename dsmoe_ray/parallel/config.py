@@ -1,8 +1,8 @@
 """Degrees of each mesh axis and how ranks exchange. Pure data: imports no torch."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dsmoe_ray.config_io import Config
 
@@ -31,6 +31,13 @@ class ParallelConfig(Config):
     """CPUs Ray reserves for one shard, and its number of compute threads."""
     timeout_s: PositiveFloat = 120.0
     """A collective or a call that takes longer counts as a lost rank."""
+
+    @model_validator(mode="after")
+    def _gpus_fit_the_device(self) -> Self:
+        gpus = self.gpus_per_shard
+        if (self.device == "cuda" and gpus == 0) or (self.device == "cpu" and gpus):
+            raise ValueError(f"gpus_per_shard={gpus} contradicts device={self.device!r}; leave one out")
+        return self
 
     @property
     def world_size(self) -> int:

@@ -27,6 +27,10 @@ def test_the_tiny_run_is_valid(tiny_config):
         pytest.param(["train.lr=.inf"], "train.lr: must be a finite number; found inf"),
         pytest.param(["train.dtype=bf16"], "must be one of float32, bfloat16; found 'bf16'; did you mean 'bfloat16'?"),
         pytest.param(["train.betas=[0.9, 1.5]"], "train.betas[1]: must be less than 1; found 1.5"),
+        pytest.param(
+            ["parallel={device: cuda, gpus_per_shard: 0}"],
+            "parallel: gpus_per_shard=0 contradicts device='cuda'; leave one out",
+        ),
         pytest.param(["run.name=a/b"], "run.name: string must match pattern"),
         pytest.param(
             ["parallel.ep=3", "train.num_tokens_per_step=144"],
@@ -80,7 +84,7 @@ def test_what_cannot_work_is_refused_in_one_line(tiny_config, overrides, message
     assert len(str(caught.value).splitlines()) == 1
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     ep=st.sampled_from([1, 2, 4]),
     dp_replicate=st.sampled_from([1, 2]),
