@@ -35,6 +35,9 @@ class Rotate(torch.autograd.Function):
 
 def _rotate(x_BSHd: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     real, imaginary = x_BSHd.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():
+        # The compiler fuses these by itself, and cannot follow writes into views of the output.
+        return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1).to(x_BSHd.dtype)
     out_BSHd = torch.empty_like(x_BSHd)
     out_real, out_imaginary = out_BSHd.chunk(2, dim=-1)
     if x_BSHd.dtype == cos.dtype:
