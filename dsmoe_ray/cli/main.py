@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dsmoe_ray.errors import UserError
+from dsmoe_ray.errors import DsmoeError, UserError
 
 # A new command is one line here and one file beside this one; a line whose file is not there is not offered.
 COMMANDS = {
@@ -44,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         raise SystemExit(2) from None
+    except DsmoeError as error:
+        # Its message is complete as well; where it came from would not help.
+        typer.echo(f"Failed: {error}", err=True)
+        raise SystemExit(1) from None
 
 
 def build_app(words: Sequence[str]) -> typer.Typer:

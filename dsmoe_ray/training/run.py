@@ -50,10 +50,14 @@ def run_on_ray(
         TrainingError: the run failed while training.
     """
     stop = StopRequest()
-    with ray_session(config.parallel, address=address) as session, stop_on_signals(stop):
-        if session.dashboard_url:
-            reporter.say(f"dashboard: {session.dashboard_url}")
-        return run_in_session(config, directory, plan, reporter=reporter, stop=stop)
+    try:
+        # Twice, as Ray replaces the handler while it starts.
+        with stop_on_signals(stop), ray_session(config.parallel, address=address) as session, stop_on_signals(stop):
+            if session.dashboard_url:
+                reporter.say(f"dashboard: {session.dashboard_url}")
+            return run_in_session(config, directory, plan, reporter=reporter, stop=stop)
+    except StopRequestedError:
+        return RunResult(plan.step, complete=False, prepared=None)
 
 
 def run_in_session(
@@ -92,8 +96,10 @@ def _train(
     if plan.step >= config.train.steps:
         return Finished(plan.step, complete=True)
     placement = plan_placement(config.parallel, list_node_resources())
+    resumed = config.model_copy(update={"model": config.model.model_copy(update={"init_from": None})})
     setup = ShardSetup(
-        config=config,
+        # Weights come from the checkpoint; the artifact that the run once began with may be gone.
+        config=config if plan.checkpoint is None else resumed,
         data=prepared.train_dir,
         held_out=prepared.held_out_dir,
         checkpoints=directory.checkpoints,
@@ -107,8 +113,9 @@ def _train(
     coordinator = Coordinator(
         config, shards=shards, files=files, reporter=reporter, stop=stop, checkpoint=plan.checkpoint
     )
-    try:
-        with stop.awaited():
+    with stop.awaited():
+        try:
             return coordinator.run()
-    finally:
-        shards.close()
+        finally:
+            # Inside, so that a request at this moment does not cut it short.
+            shards.close()

@@ -37,7 +37,13 @@ def test_the_quickstart_leaves_everything_it_promises(tmp_path):
     for name in ("config.yaml", "plots/loss.png", "plots/routing.png", "artifact/manifest.json"):
         assert (run_dir / name).stat().st_size > 0
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())][-1] == f"step-{STEPS:08d}"
-    for setting in ("dense", "top_k=8", "threshold=0.48"):
-        assert setting in result.stdout
-    assert "def read_lines(path):" in result.stdout
-    assert str(run_dir / "artifact") in result.stdout
+    _, _, told = result.stdout.partition("Held-out perplexity under several routing settings:\n")
+    table, _, told = told.partition("Generated with the deployed sparse routing, after this prompt:\n")
+    perplexities = {words[0]: float(words[1]) for words in map(str.split, table.splitlines()[2:]) if words}
+    assert {"dense", "top_k=16", "top_k=8", "top_k=4", "threshold=0.48", "threshold=1.0"} <= perplexities.keys()
+    assert all(1.0 < perplexity < 4096.0 for perplexity in perplexities.values())
+    generated, _, next_steps = told.partition("\nLeft in ")
+    prompt = "def read_lines(path):\n    "
+    assert generated.startswith(prompt)
+    assert generated.removeprefix(prompt).strip(), "nothing was generated"
+    assert str(run_dir) in next_steps
