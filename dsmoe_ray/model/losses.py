@@ -83,12 +83,33 @@ def _rows_per_chunk(weight_VD: torch.Tensor) -> int:
 
 def router_entropies(router_logits_TE: torch.Tensor) -> torch.Tensor:
     """Return the entropy of each token's router probabilities ``(T,)``, in nats."""
-    log_probs_TE = router_logits_TE.log_softmax(-1)
-    return -(log_probs_TE.exp() * log_probs_TE).sum(-1)
+    return entropies_and_log_sums(router_logits_TE, router_logits_TE.softmax(-1))[0]
+
+
+def entropies_and_log_sums(
+    router_logits_TE: torch.Tensor, router_probs_TE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the entropy of each token's router probabilities and the log-sum-exp of its logits, ``(T,)`` each."""
+    shifted_TE, log_sums_T1 = _shift(router_logits_TE, router_probs_TE)
+    entropies_T = log_sums_T1.squeeze(-1) - (router_probs_TE * shifted_TE).sum(-1)
+    return entropies_T, router_logits_TE.amax(-1) + log_sums_T1.squeeze(-1)
+
+
+def _shift(router_logits_TE: torch.Tensor, router_probs_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits less their largest, and the logarithm of the sum of their exponentials ``(T, 1)``.
+
+    The largest probability is one over that sum. So neither exponentials nor a log_softmax are needed, which on a CPU
+    take longer than everything else about routers together.
+    """
+    return router_logits_TE - router_logits_TE.amax(-1, keepdim=True), -router_probs_TE.amax(-1, keepdim=True).log()
 
 
 def mutual_information_share(
-    router_logits_TE: torch.Tensor, mean_probs_E: torch.Tensor, *, num_tokens: int
+    router_logits_TE: torch.Tensor,
+    mean_probs_E: torch.Tensor,
+    *,
+    num_tokens: int,
+    router_probs_TE: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Reward routers that are sure per token yet use all experts over the global batch.
 
@@ -100,6 +121,7 @@ def mutual_information_share(
             ``(L, T, E)``.
         mean_probs_E: Mean router probabilities over the global batch ``(E,)``, or ``(L, E)``; it gets no gradient.
         num_tokens: Tokens of the global batch.
+        router_probs_TE: Softmax of the logits, where it is at hand; the gradient goes to the logits all the same.
 
     Returns:
         Scalar in nats, summed over layers; the shares of all processes sum to the loss, in ``[-log E, 0]`` for each
@@ -108,27 +130,29 @@ def mutual_information_share(
     Source:
         Pan et al., "Dense Training, Sparse Inference", arXiv:2404.05567.
     """
+    probs_TE = (router_logits_TE.detach().softmax(-1) if router_probs_TE is None else router_probs_TE).detach()
     log_mean_E = mean_probs_E.detach().clamp_min(torch.finfo(mean_probs_E.dtype).tiny).log()
-    return _MutualInformation.apply(router_logits_TE, log_mean_E.unsqueeze(-2)) / num_tokens
+    return _MutualInformation.apply(router_logits_TE, probs_TE, log_mean_E.unsqueeze(-2)) / num_tokens
 
 
 class _MutualInformation(torch.autograd.Function):
     """Sum over tokens of ``sum_i S_i (log(mean_i) - log(S_i))``; keeps nothing but its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, router_logits_TE: torch.Tensor, log_mean_1E: torch.Tensor) -> torch.Tensor:
-        log_probs_TE = router_logits_TE.log_softmax(-1)
-        probs_TE = log_probs_TE.exp()
-        surprise_TE = torch.sub(log_mean_1E, log_probs_TE, out=log_probs_TE)
-        loss_T1 = (probs_TE * surprise_TE).sum(-1, keepdim=True)
-        ctx.save_for_backward(surprise_TE.sub_(loss_T1).mul_(probs_TE))
+    def forward(
+        ctx: Any, router_logits_TE: torch.Tensor, router_probs_TE: torch.Tensor, log_mean_1E: torch.Tensor
+    ) -> torch.Tensor:
+        shifted_TE, log_sums_T1 = _shift(router_logits_TE, router_probs_TE)
+        log_ratio_TE = torch.sub(log_mean_1E, shifted_TE, out=shifted_TE).add_(log_sums_T1)
+        loss_T1 = (router_probs_TE * log_ratio_TE).sum(-1, keepdim=True)
+        ctx.save_for_backward(log_ratio_TE.sub_(loss_T1).mul_(router_probs_TE))
         return loss_T1.sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, dloss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (dlogits_TE,) = ctx.saved_tensors
-        return dlogits_TE * dloss, None
+        return dlogits_TE * dloss, None, None
 
 
 def load_balance_share(router_probs_TE: torch.Tensor, load_share_E: torch.Tensor, *, num_tokens: int) -> torch.Tensor:

@@ -9,8 +9,11 @@ d head_dim.
 Source: Pan et al., arXiv:2404.05567; Shen et al., "JetMoE", arXiv:2404.07413.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dsmoe_ray.model.attention import AttentionContext, attend, compute_kv
@@ -51,6 +54,38 @@ class MixtureOfAttention(nn.Module):
         )
         out_BSHd = attend(Rotate.apply(q_BSHd, context.cos, context.sin), k_BCGd, v_BCGd, context.mask)
         out_BSEGd = out_BSHd.unflatten(2, (num_kv_heads, num_experts)).transpose(2, 3)
-        gates = decision.gates_TE.to(x_BSD.dtype).view(batch, num_new, num_experts, 1, 1)
-        gated_BSW = (out_BSEGd * gates).flatten(2)
+        gated_BSW = gate_heads(out_BSEGd, decision.gates_TE.view(batch, num_new, num_experts))
         return gated_BSW @ self.wo.to(x_BSD.dtype).flatten(0, 1), decision
+
+
+def gate_heads(out_BSEGd: torch.Tensor, gates_BSE: torch.Tensor) -> torch.Tensor:
+    """Multiply each expert's heads by its gate and lay all heads side by side ``(B, S, E * G * d)``."""
+    if torch.compiler.is_compiling():
+        # The compiler fuses these by itself, and cannot follow a write into a tensor of another layout.
+        return (out_BSEGd * _broadcastable(gates_BSE, out_BSEGd)).flatten(2)
+    return GateHeads.apply(out_BSEGd, gates_BSE)
+
+
+class GateHeads(torch.autograd.Function):
+    """Do so in one pass: attention leaves heads in another order, so a product would be copied once more."""
+
+    @staticmethod
+    def forward(ctx: Any, out_BSEGd: torch.Tensor, gates_BSE: torch.Tensor) -> torch.Tensor:
+        """Return ``(B, S, E * G * d)`` in the type of the heads."""
+        ctx.save_for_backward(out_BSEGd, gates_BSE)
+        gated_BSEGd = out_BSEGd.new_empty(out_BSEGd.shape)
+        torch.mul(out_BSEGd, _broadcastable(gates_BSE, out_BSEGd), out=gated_BSEGd)
+        return gated_BSEGd.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dgated_BSW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gradients of heads and gates."""
+        out_BSEGd, gates_BSE = ctx.saved_tensors
+        dgated_BSEGd = dgated_BSW.reshape(out_BSEGd.shape)
+        dgates_BSE = (dgated_BSEGd * out_BSEGd).sum((-2, -1), dtype=gates_BSE.dtype)
+        return dgated_BSEGd * _broadcastable(gates_BSE, out_BSEGd), dgates_BSE
+
+
+def _broadcastable(gates_BSE: torch.Tensor, out_BSEGd: torch.Tensor) -> torch.Tensor:
+    return gates_BSE.to(out_BSEGd.dtype)[..., None, None]

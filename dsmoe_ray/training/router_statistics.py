@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from dsmoe_ray.model.losses import (
+    entropies_and_log_sums,
     load_balance_share,
     mutual_information_share,
-    router_entropies,
     router_z_share,
 )
 from dsmoe_ray.model.router import Routing
@@ -146,8 +146,13 @@ def _mutual_information(
     if not weight or not routings:
         return []
     # All layers at once: these tensors are so small that the number of operations is what costs.
-    logits_LTE = torch.stack([routing.router_logits_TE for routing in routings])
-    return [weight * mutual_information_share(logits_LTE, statistics.mean_probs, num_tokens=num_tokens)]
+    share = mutual_information_share(
+        torch.stack([routing.router_logits_TE for routing in routings]),
+        statistics.mean_probs,
+        num_tokens=num_tokens,
+        router_probs_TE=torch.stack([routing.router_probs_TE.detach() for routing in routings]),
+    )
+    return [weight * share]
 
 
 def _layer_sums(routings: Sequence[Routing]) -> torch.Tensor | None:
@@ -155,7 +160,8 @@ def _layer_sums(routings: Sequence[Routing]) -> torch.Tensor | None:
     if not routings:
         return None
     logits_LTE = torch.stack([routing.router_logits_TE for routing in routings])
-    probs_LE = torch.stack([routing.router_probs_TE.sum(0) for routing in routings])
+    probs_LTE = torch.stack([routing.router_probs_TE for routing in routings])
+    probs_LE = probs_LTE.sum(1)
     # Dense training loads all experts alike; what the router would weigh them by is the telling load.
     load_LE = torch.stack(
         [
@@ -163,6 +169,6 @@ def _layer_sums(routings: Sequence[Routing]) -> torch.Tensor | None:
             for routing, probs_E in zip(routings, probs_LE, strict=True)
         ]
     )
-    entropy_L = router_entropies(logits_LTE).sum(1)
-    z_L = logits_LTE.logsumexp(-1).square().sum(1)
-    return torch.cat([probs_LE, load_LE, entropy_L[:, None], z_L[:, None]], dim=1)
+    entropies_LT, log_sums_LT = entropies_and_log_sums(logits_LTE, probs_LTE)
+    sums_L2 = torch.stack([entropies_LT.sum(1), log_sums_LT.square().sum(1)], dim=1)
+    return torch.cat([probs_LE, load_LE, sums_L2], dim=1)

@@ -12,6 +12,7 @@ from dsmoe_ray.model import losses
 from dsmoe_ray.model.losses import (
     IGNORED_TARGET,
     LinearCrossEntropy,
+    entropies_and_log_sums,
     linear_cross_entropy,
     load_balance_share,
     mutual_information_share,
@@ -212,3 +213,20 @@ def test_shares_of_two_processes_add_up_to_the_whole(cut):
     ):
         whole = share(logits_TE)
         torch.testing.assert_close(share(logits_TE[:cut]) + share(logits_TE[cut:]), whole, rtol=1e-12, atol=1e-14)
+
+
+def test_layers_at_once_are_the_sum_over_layers_with_given_or_own_probabilities():
+    logits_LTE = (2 * randn(3, 8, 4)).requires_grad_()
+    mean_LE = logits_LTE.detach().softmax(-1).mean(1)
+    expected = sum(mutual_information_share(logits_LTE[i], mean_LE[i], num_tokens=8) for i in range(3))
+    for probs_LTE in (None, logits_LTE.softmax(-1)):
+        found = mutual_information_share(logits_LTE, mean_LE, num_tokens=8, router_probs_TE=probs_LTE)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        (ours,), (theirs,) = (torch.autograd.grad(loss, logits_LTE, retain_graph=True) for loss in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_log_sums_come_without_an_exponential():
+    logits_TE = 30 * randn(6, 5)
+    _, log_sums_T = entropies_and_log_sums(logits_TE, logits_TE.softmax(-1))
+    torch.testing.assert_close(log_sums_T, logits_TE.logsumexp(-1), rtol=1e-12, atol=0)
