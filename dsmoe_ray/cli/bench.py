@@ -1,7 +1,9 @@
 """``dsmoe bench train``: measured ratios against named baselines, side by side in one run."""
 
+import contextlib
 import json
 import os
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -54,9 +56,11 @@ def command(
     machine = describe_machine(settings)
     notes = Console(stderr=True)
     rows = []
-    for row in measure_all(comparisons, settings):
-        rows.append(row)
-        notes.print(f"{row.name}: {row.status} in {row.duration_s:.0f} s", highlight=False)
+    # Ray tells of a killed shard on standard output, which is for the report alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        for row in measure_all(comparisons, settings):
+            rows.append(row)
+            notes.print(f"{row.name}: {row.status} in {row.duration_s:.0f} s", highlight=False)
     if as_json:
         typer.echo(json.dumps(to_json(rows, machine)))
         return
