@@ -4,6 +4,7 @@ Reads JSON lines and answers each with one. The first line says what to train; t
 waits for a line it uses no CPU, so the other side has the machine to itself.
 """
 
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 def measure_peak(side: TrainerSide, num_steps: int, device: torch.device) -> dict[str, int]:
     """Return the most memory these steps held at a time, and what was held before them."""
+    _return_free_memory()
     before_bytes = read_memory(device)["now_bytes"]
     reset_peak(device)
     side.run(num_steps)
@@ -64,6 +66,13 @@ def reset_peak(device: torch.device) -> None:
     else:
         # See "clear_refs" in proc(5): 5 sets the peak resident size to the current one.
         _RESET_PEAK.write_text("5", encoding="ascii")
+
+
+def _return_free_memory() -> None:
+    """Give what the C library keeps of freed memory back to the system; it would count as held between steps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _kib(text: str) -> int:
