@@ -48,7 +48,7 @@ QUICKSTART = Workload(
     seq_len=256,
     num_tokens_per_step=4096,
 )
-"""The model and batch of ``examples/quickstart.yaml``."""
+"""Sizes and batch of ``examples/quickstart.yaml``."""
 
 LARGE = Workload(
     _model(

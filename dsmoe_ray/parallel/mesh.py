@@ -39,16 +39,6 @@ class World:
         """Position among the ranks that share out the experts of a layer."""
         return self.coordinate("ep")
 
-    @property
-    def dp_shard_rank(self) -> int:
-        """Position among the ranks that share out one ``ep`` rank's parameters."""
-        return self.coordinate("dp_shard")
-
-    @property
-    def dp_replicate_rank(self) -> int:
-        """Which copy of the model this rank is part of."""
-        return self.coordinate("dp_replicate")
-
     def coordinate(self, axis: str) -> int:
         """Return this rank's position along an axis."""
         return axis_coordinates(self.config, self.rank)[axis]

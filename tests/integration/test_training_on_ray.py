@@ -265,5 +265,6 @@ def test_a_run_starts_a_local_ray_of_its_own_and_ends_it(config, tmp_path, undis
 
 def test_events_and_metrics_are_json_that_any_reader_takes(undisturbed):
     for name in ("metrics.jsonl", "events.jsonl"):
-        for line in (undisturbed.run_dir / name).read_text().splitlines():
-            json.loads(line, parse_constant=pytest.fail)
+        lines = (undisturbed.run_dir / name).read_text().splitlines()
+        assert lines
+        assert all(isinstance(json.loads(line, parse_constant=pytest.fail), dict) for line in lines)
