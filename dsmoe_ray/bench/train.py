@@ -39,7 +39,8 @@ COMPARISONS = (
             function="compare_with_dense_twin",
             options=(("workload", workload), ("dtype", dtype)),
         )
-        for workload, dtype in (("quickstart", "float32"), ("large", "float32"), ("large", "bfloat16"))
+        for workload in ("quickstart", "large")
+        for dtype in ("float32", "bfloat16")
     ),
     *(
         Comparison(
