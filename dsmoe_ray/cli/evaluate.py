@@ -19,7 +19,7 @@ from dsmoe_ray.errors import UserError
 from dsmoe_ray.evaluation.quality import ProgressCallback, measure_quality, plan_windows
 from dsmoe_ray.evaluation.report import to_json, to_table
 from dsmoe_ray.inference.loading import load_model
-from dsmoe_ray.inference.routing import DEPLOYED, name_routing, resolve_routing
+from dsmoe_ray.inference.routing import DEPLOYED, ROUTING_HELP, name_routing, resolve_routing
 
 
 def command(
@@ -32,8 +32,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="SPEC",
-            help="dense, deployed, top_k=K, threshold=E, threshold_top_k=E or top_p=P for the FFN experts; may be "
-            "given many times. By default dense and deployed.",
+            help=f"{ROUTING_HELP} May be given many times; by default dense and deployed.",
         ),
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Evaluate this many tokens, spread over the text.")] = None,

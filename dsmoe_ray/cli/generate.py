@@ -9,7 +9,7 @@ from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.data.tokenizer import parse_tokenizer
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.loading import load_model
-from dsmoe_ray.inference.routing import DEPLOYED, resolve_routing
+from dsmoe_ray.inference.routing import DEPLOYED, ROUTING_HELP, resolve_routing
 from dsmoe_ray.inference.sampling import SamplingConfig
 
 
@@ -17,13 +17,7 @@ def command(
     artifact: Annotated[Path, typer.Argument(help="Directory of a published model.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    routing: Annotated[
-        str,
-        typer.Option(
-            metavar="SPEC",
-            help="deployed, dense, top_k=K, threshold=E, threshold_top_k=E or top_p=P for the FFN experts.",
-        ),
-    ] = DEPLOYED,
+    routing: Annotated[str, typer.Option(metavar="SPEC", help=ROUTING_HELP)] = DEPLOYED,
     temperature: Annotated[
         float, typer.Option(help="0 takes the most likely token; 1 samples from the model's probabilities.")
     ] = 0.0,

@@ -70,9 +70,14 @@ def count_parameters(config: ModelConfig, *, kept: KeptExperts = ALL_EXPERTS) ->
 
 
 def count_kept(routing: RoutingConfig, num_experts: int) -> float | None:
-    """Return how many experts a rule keeps per token, or None where only data can tell (thresholds, top-p)."""
+    """Return how many experts a rule keeps per token and layer, or None where only data can tell (thresholds, top-p).
+
+    Of a table of layers it is the mean.
+    """
     if routing.mode is RoutingMode.DENSE:
         return float(num_experts)
+    if routing.per_layer_top_k is not None:
+        return sum(routing.per_layer_top_k) / len(routing.per_layer_top_k)
     return float(routing.top_k) if routing.top_k is not None else None
 
 

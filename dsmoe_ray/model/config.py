@@ -1,12 +1,22 @@
 """Sizes of the model and settings of its routers. Pure data: imports no torch."""
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from dsmoe_ray.config_io import Config, parse_config
 from dsmoe_ray.errors import ConfigError
+
+_StrictPositiveInt = Annotated[int, Field(gt=0, strict=True)]
 
 
 class RoutingMode(StrEnum):
@@ -17,6 +27,7 @@ class RoutingMode(StrEnum):
     THRESHOLD = "threshold"
     THRESHOLD_TOP_K = "threshold_top_k"
     TOP_P = "top_p"
+    PER_LAYER_TOP_K = "per_layer_top_k"
 
 
 _PARAMETERS: dict[str, str | None] = {
@@ -25,12 +36,16 @@ _PARAMETERS: dict[str, str | None] = {
     RoutingMode.THRESHOLD: "threshold",
     RoutingMode.THRESHOLD_TOP_K: "threshold",
     RoutingMode.TOP_P: "top_p",
+    RoutingMode.PER_LAYER_TOP_K: "per_layer_top_k",
 }
-_SPECS = "dense, top_k=K, threshold=E, threshold_top_k=E, top_p=P"
+_SPECS = "dense, top_k=K, threshold=E, threshold_top_k=E, top_p=P, per_layer_top_k=K,K,..."
 
 
 class RoutingConfig(Config):
-    """Which experts of a mixture a token uses."""
+    """Which experts of a mixture a token uses.
+
+    A rule is for all layers until ``at_layer`` makes it that of one: a router never sees ``per_layer_top_k``.
+    """
 
     mode: RoutingMode = RoutingMode.DENSE
     top_k: PositiveInt | None = None
@@ -39,11 +54,19 @@ class RoutingConfig(Config):
     """For ``threshold`` and ``threshold_top_k``: keep experts with ``num_experts * probability > threshold``."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     """For ``top_p``: keep the fewest experts whose probabilities reach this sum."""
+    per_layer_top_k: Annotated[tuple[_StrictPositiveInt, ...], Field(min_length=1)] | None = None
+    """For ``per_layer_top_k``: experts kept per token, layer by layer from the first."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out_an_absent_table(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Digests in artifacts and checkpoints are of configurations written before there were tables.
+        fields = write(self)
+        return {name: value for name, value in fields.items() if name != "per_layer_top_k" or value is not None}
 
     @model_validator(mode="after")
     def _has_what_its_mode_needs(self) -> Self:
         needs = _PARAMETERS[self.mode]
-        for name in ("top_k", "threshold", "top_p"):
+        for name in ("top_k", "threshold", "top_p", "per_layer_top_k"):
             value = getattr(self, name)
             if name == needs and value is None:
                 raise ValueError(f"routing mode {self.mode.value!r} needs {name}; add it")
@@ -62,7 +85,9 @@ class RoutingConfig(Config):
         parameter = _PARAMETERS.get(mode)
         if mode not in _PARAMETERS or bool(separator) != (parameter is not None):
             raise ConfigError(f"routing {spec!r} is not one of {_SPECS}, for example top_k=8.")
-        values = {"mode": mode} if parameter is None else {"mode": mode, parameter: value}
+        values: dict[str, Any] = {"mode": mode}
+        if parameter is not None:
+            values[parameter] = _read_table(value) if mode == RoutingMode.PER_LAYER_TOP_K else value
         return parse_config(values, cls, source=f"routing {spec!r}")
 
     def to_spec(self) -> str:
@@ -70,11 +95,29 @@ class RoutingConfig(Config):
         parameter = _PARAMETERS[self.mode]
         if parameter is None:
             return self.mode.value
+        if self.per_layer_top_k is not None:
+            return f"{self.mode.value}={','.join(map(str, self.per_layer_top_k))}"
         # Every digit counts, but a whole threshold is written without a fraction.
         return f"{self.mode.value}={getattr(self, parameter)}".removesuffix(".0")
 
-    def check_against(self, num_experts: int) -> None:
-        """Raise ``ValueError`` if this choice is impossible among ``num_experts``."""
+    def at_layer(self, layer: int) -> Self:
+        """Return the rule of one layer, 0 being the first; it is this rule itself unless it is a table."""
+        if self.per_layer_top_k is None:
+            return self
+        return type(self)(mode=RoutingMode.TOP_K, top_k=self.per_layer_top_k[layer])
+
+    def check_against(self, num_experts: int, *, num_layers: int | None = None) -> None:
+        """Raise ``ValueError`` if this choice is impossible among ``num_experts`` or, where given, ``num_layers``."""
+        table = self.per_layer_top_k
+        if table is not None and max(table) > num_experts:
+            raise ValueError(
+                f"per_layer_top_k must be at most num_experts in every layer; got {max(table)} in layer "
+                f"{table.index(max(table))}, num_experts={num_experts}"
+            )
+        if table is not None and num_layers is not None and len(table) != num_layers:
+            raise ValueError(
+                f"per_layer_top_k needs one number for each layer; got {len(table)}, num_layers={num_layers}"
+            )
         if self.top_k is not None and self.top_k > num_experts:
             raise ValueError(f"top_k must be at most num_experts; got top_k={self.top_k}, num_experts={num_experts}")
         if self.threshold is not None and self.threshold >= num_experts:
@@ -187,6 +230,13 @@ class ModelConfig(Config):
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get it divided by sqrt(2 num_layers)."""
 
+    @model_validator(mode="after")
+    def _routing_is_possible_in_every_layer(self) -> Self:
+        for mixture in (self.attention, self.ffn):
+            if isinstance(mixture, MoaConfig | MoeConfig):
+                mixture.router.inference.check_against(mixture.num_experts, num_layers=self.num_layers)
+        return self
+
     def dense_twin(self) -> "ModelConfig":
         """Return the dense transformer of equal shape: one FFN of the experts' total width, plain attention."""
         attention: GqaConfig | MoaConfig = self.attention
@@ -201,6 +251,12 @@ class ModelConfig(Config):
         if isinstance(ffn, MoeConfig):
             ffn = DenseFfnConfig(kind="dense", d_ff=ffn.num_experts * ffn.d_ff, activation=ffn.activation)
         return self.model_copy(update={"attention": attention, "ffn": ffn})
+
+
+def _read_table(text: str) -> list[int | str]:
+    """Return the numbers of a comma-separated list; what is no number stays as it is, for the error message."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) if part.isdecimal() and len(part) < 10 else part for part in parts]
 
 
 def _check_head_dim(head_dim: int) -> None:

@@ -24,7 +24,7 @@ from dsmoe_ray.model.router import DENSE, Routing
 
 
 class LayerRouting(NamedTuple):
-    """The routing rules of one layer."""
+    """The routing rules of one layer; none of them is a table of all layers."""
 
     attention: RoutingConfig = DENSE
     ffn: RoutingConfig = DENSE
@@ -45,7 +45,12 @@ def deployed_routing(config: ModelConfig) -> list[LayerRouting]:
     """Return the routing the model runs with at inference, per layer."""
     attention = DENSE if isinstance(config.attention, GqaConfig) else config.attention.router.inference
     ffn = config.ffn.router.inference if isinstance(config.ffn, MoeConfig) else DENSE
-    return [LayerRouting(attention, ffn)] * config.num_layers
+    return expand_routing(attention, ffn, num_layers=config.num_layers)
+
+
+def expand_routing(attention: RoutingConfig, ffn: RoutingConfig, *, num_layers: int) -> list[LayerRouting]:
+    """Return the rules of each layer from those of all layers."""
+    return [LayerRouting(attention.at_layer(layer), ffn.at_layer(layer)) for layer in range(num_layers)]
 
 
 class Block(nn.Module):

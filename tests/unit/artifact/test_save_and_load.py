@@ -133,6 +133,25 @@ def test_config_holds_the_model_and_no_key_of_its_training(publish, config):
     assert fields.keys() == set(ModelConfig.model_fields)
 
 
+def test_an_artifact_from_before_there_were_tables_of_layers_is_still_read(artifact_dir, config):
+    """Its config and manifest name no ``per_layer_top_k``; the digest is the one that was written then."""
+    fields = json.loads((artifact_dir / "config.json").read_text())
+    rules = [fields[part]["router"]["inference"] for part in ("attention", "ffn")]
+    assert [list(rule) for rule in rules] == [["mode", "top_k", "threshold", "top_p"]] * 2
+    manifest = load_artifact(artifact_dir).manifest
+    assert manifest.routing["ffn"]["inference"] == rules[1]
+    assert manifest.config_sha256 == "06f8d72bb20be4dcfc2d0185fd34c61979c7226b1bc80f92e1318bb7c4419e50"
+
+
+def test_a_table_of_layers_comes_back(publish, config):
+    values = config.model_dump()
+    values["ffn"]["router"]["inference"] = {"mode": "per_layer_top_k", "per_layer_top_k": [3, 12]}
+    deployed = ModelConfig.model_validate(values)
+    artifact = load_artifact(publish(model_config=deployed))
+    assert artifact.model_config == deployed
+    assert artifact.manifest.routing["ffn"]["inference"]["per_layer_top_k"] == [3, 12]
+
+
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
 

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dsmoe_ray.config_io import config_digest
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.model.config import GqaConfig, MoaConfig, ModelConfig, MoeConfig, RouterConfig, RoutingConfig
 
@@ -32,6 +33,10 @@ VALUES = {
         ({"mode": "top_k", "top_k": 0}, "greater than 0"),
         ({"mode": "dense", "top_k": 2}, "does not use top_k=2"),
         ({"mode": "top_k", "top_k": 2, "threshold": 0.5}, "does not use threshold=0.5"),
+        ({"mode": "per_layer_top_k"}, "needs per_layer_top_k"),
+        ({"mode": "per_layer_top_k", "per_layer_top_k": []}, "at least 1 item"),
+        ({"mode": "per_layer_top_k", "per_layer_top_k": [True, 2]}, "valid integer"),
+        ({"mode": "top_k", "top_k": 2, "per_layer_top_k": [2, 2]}, r"does not use per_layer_top_k=\(2, 2\)"),
     ],
 )
 def test_a_routing_rule_has_what_it_needs_and_nothing_else(values, message):
@@ -73,14 +78,48 @@ def test_what_is_no_rule_is_refused_by_its_text(spec):
     [
         ({"mode": "top_k", "top_k": 9}, "top_k=9, num_experts=8"),
         ({"mode": "threshold", "threshold": 8.0}, "threshold=8.0, num_experts=8"),
+        ({"mode": "per_layer_top_k", "per_layer_top_k": [2, 9]}, "got 9 in layer 1, num_experts=8"),
     ],
-    ids=["top_k", "threshold"],
+    ids=["top_k", "threshold", "per_layer_top_k"],
 )
 def test_a_mixture_refuses_a_rule_that_it_cannot_follow(rule, message):
     with pytest.raises(ValidationError, match=message):
         MoeConfig.model_validate(VALUES["ffn"] | {"router": {"inference": rule}})
     with pytest.raises(ValidationError, match=message):
         MoaConfig.model_validate(VALUES["attention"] | {"num_experts": 8, "router": {"inference": rule}})
+
+
+@pytest.mark.parametrize("part", ["attention", "ffn"])
+def test_a_table_of_layers_has_one_number_for_each(part):
+    def with_table(*table):
+        router = {"router": {"inference": {"mode": "per_layer_top_k", "per_layer_top_k": list(table)}}}
+        return ModelConfig.model_validate(VALUES | {part: VALUES[part] | router})
+
+    rule = getattr(with_table(3, 1), part).router.inference
+    assert [rule.at_layer(layer).to_spec() for layer in range(2)] == ["top_k=3", "top_k=1"]
+    for table in ((3,), (3, 1, 2)):
+        with pytest.raises(ValidationError, match=f"got {len(table)}, num_layers=2"):
+            with_table(*table)
+
+
+def test_a_rule_without_a_table_is_that_of_every_layer():
+    rule = RoutingConfig(mode="threshold", threshold=0.5)
+    assert rule.at_layer(7) is rule
+
+
+@pytest.mark.parametrize("mode", ["python", "json"])
+def test_only_a_rule_with_a_table_is_written_with_one(mode):
+    """Digests of configurations that were saved before there were tables must stay what they are."""
+    names = ["mode", "top_k", "threshold", "top_p"]
+    assert list(RoutingConfig(mode="top_k", top_k=2).model_dump(mode=mode)) == names
+    table = RoutingConfig(mode="per_layer_top_k", per_layer_top_k=(2, 1))
+    assert list(table.model_dump(mode=mode)) == [*names, "per_layer_top_k"]
+    assert RoutingConfig.model_validate(table.model_dump(mode=mode)) == table
+
+
+def test_a_digest_is_the_one_that_configurations_had_before_there_were_tables():
+    found = config_digest(ModelConfig.model_validate(VALUES))
+    assert found == "d355fdb3654732c476d541e67bd85f3805798525d9b0794ec7ef2d6badd6c986"
 
 
 def test_the_hidden_width_of_a_router_goes_with_its_kind():

@@ -18,6 +18,8 @@ from dsmoe_ray.model.config import RoutingConfig
         ("threshold=0", RoutingConfig(mode="threshold", threshold=0.0)),
         ("threshold_top_k=1e-2", RoutingConfig(mode="threshold_top_k", threshold=0.01)),
         ("top_p=1", RoutingConfig(mode="top_p", top_p=1.0)),
+        ("per_layer_top_k=8,6,4,8", RoutingConfig(mode="per_layer_top_k", per_layer_top_k=(8, 6, 4, 8))),
+        ("per_layer_top_k = 8, 6", RoutingConfig(mode="per_layer_top_k", per_layer_top_k=(8, 6))),
     ],
 )
 def test_a_spec_is_read_as_its_rule(spec, rule):
@@ -30,6 +32,9 @@ RULES = st.one_of(
     st.floats(0, 1e6).map(lambda eps: RoutingConfig(mode="threshold", threshold=eps)),
     st.floats(0, 1e6).map(lambda eps: RoutingConfig(mode="threshold_top_k", threshold=eps)),
     st.floats(0, 1, exclude_min=True).map(lambda p: RoutingConfig(mode="top_p", top_p=p)),
+    st.lists(st.integers(1, 10**6), min_size=1, max_size=40).map(
+        lambda table: RoutingConfig(mode="per_layer_top_k", per_layer_top_k=tuple(table))
+    ),
 )
 
 
@@ -42,7 +47,7 @@ def test_every_rule_is_read_back_from_its_own_spec(rule):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("", "is not one of dense, top_k=K, threshold=E, threshold_top_k=E, top_p=P"),
+        ("", "is not one of dense, top_k=K, threshold=E, threshold_top_k=E, top_p=P, per_layer_top_k=K,K,..."),
         ("topk=8", "'topk=8' is not one of dense"),
         ("top_k", "is not one of dense"),
         ("dense=3", "is not one of dense"),
@@ -52,6 +57,12 @@ def test_every_rule_is_read_back_from_its_own_spec(rule):
         ("threshold=nan", "threshold: must be a finite number"),
         ("threshold=-1", "threshold: must be greater than or equal to 0"),
         ("top_p=1.5", "top_p: must be less than or equal to 1"),
+        ("per_layer_top_k", "is not one of dense"),
+        ("per_layer_top_k=", "per_layer_top_k[0]: must be a whole number; found ''"),
+        ("per_layer_top_k=8,many", "per_layer_top_k[1]: must be a whole number; found 'many'"),
+        ("per_layer_top_k=8,0", "per_layer_top_k[1]: must be greater than 0; found 0"),
+        ("per_layer_top_k=8,,4", "per_layer_top_k[1]: must be a whole number; found ''"),
+        ("per_layer_top_k=2.5", "per_layer_top_k[0]: must be a whole number; found '2.5'"),
     ],
 )
 def test_a_bad_spec_tells_what_is_allowed(spec, message):
