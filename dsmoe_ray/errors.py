@@ -4,6 +4,9 @@
 without a traceback and exits with 2. Messages say what was found, what is allowed and what to change.
 """
 
+import functools
+from typing import Any
+
 
 class DsmoeError(Exception):
     """Base of all errors raised on purpose."""
@@ -15,6 +18,18 @@ class UserError(DsmoeError):
 
 class ConfigError(UserError):
     """A configuration that cannot work."""
+
+
+class RequestError(UserError):
+    """A request to the engine that cannot be served; it fails alone."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        """Name the field of the request that is wrong."""
+        super().__init__(message)
+        self.param = param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial(type(self), param=self.param), self.args
 
 
 class DataError(UserError):

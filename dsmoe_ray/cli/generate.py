@@ -10,7 +10,7 @@ from dsmoe_ray.data.tokenizer import parse_tokenizer
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.loading import load_model
 from dsmoe_ray.inference.routing import DEPLOYED, ROUTING_HELP, resolve_routing
-from dsmoe_ray.inference.sampling import SamplingConfig
+from dsmoe_ray.inference.sampling_config import SamplingConfig
 
 
 def command(

@@ -9,10 +9,13 @@ import torch
 
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.data.tokenizer import TextTokenizer
-from dsmoe_ray.errors import UserError
+from dsmoe_ray.errors import DsmoeError, UserError
 from dsmoe_ray.inference.detokenizer import StreamingDetokenizer
 from dsmoe_ray.inference.kv_cache import ContiguousKvCache
-from dsmoe_ray.inference.sampling import GREEDY, SamplingConfig, sample
+from dsmoe_ray.inference.requests import GenerationRequest
+from dsmoe_ray.inference.sampling import RowSampling, sample_batch
+from dsmoe_ray.inference.sampling_config import GREEDY, SamplingConfig
+from dsmoe_ray.inference.token_counts import TokenCounts
 from dsmoe_ray.model.transformer import LayerRouting, Transformer, deployed_routing
 
 
@@ -60,23 +63,28 @@ class Engine:
 
         A sequence continued from prompt plus tokens so far, with the same sampling, goes on with the same tokens.
         """
-        self._check(prompt_ids, max_tokens)
-        rules = deployed_routing(self.model.config) if routing is None else routing
-        return self._run(prompt_ids, max_tokens=max_tokens, rules=rules, sampling=sampling)
+        request = GenerationRequest(prompt_ids=prompt_ids, max_tokens=max_tokens, routing=routing, sampling=sampling)
+        request.check_against(self.model.config)
+        return self._run(request)
 
-    def _run(
-        self, prompt_ids: Sequence[int], *, max_tokens: int, rules: Sequence[LayerRouting], sampling: SamplingConfig
-    ) -> Iterator[int]:
-        model = self.model
-        stop = min(len(prompt_ids) + max_tokens, model.config.max_seq_len)
+    def _run(self, request: GenerationRequest) -> Iterator[int]:
+        model, sampling, new_ids = self.model, request.sampling, request.prompt_ids
+        rules = deployed_routing(model.config) if request.routing is None else request.routing
+        stop = request.compute_max_len(model.config)
         cache = ContiguousKvCache(model.config, max_len=stop, dtype=model.compute_dtype, device=self._device)
-        new_ids = prompt_ids
-        for position in range(len(prompt_ids), stop):
-            token = sample(self._forward(new_ids, rules, cache), sampling, position=position)
-            if token == self.tokenizer.end_of_text_id:
+        token_counts = TokenCounts(new_ids) if sampling.has_penalties else None
+        for position in range(len(request.prompt_ids), stop):
+            row = RowSampling(sampling, request.seed_of(0), position, token_counts)
+            logits_V = self._forward(new_ids, rules, cache).to("cpu", torch.float32)
+            (sampled,) = sample_batch(logits_V[None], [row])
+            if isinstance(sampled, DsmoeError):
+                raise sampled
+            if sampled.token_id == self.tokenizer.end_of_text_id:
                 return
-            yield token
-            new_ids = [token]
+            yield sampled.token_id
+            if token_counts is not None:
+                token_counts.push(sampled.token_id)
+            new_ids = [sampled.token_id]
 
     @torch.inference_mode()
     def _forward(self, new_ids: Sequence[int], rules: Sequence[LayerRouting], cache: ContiguousKvCache) -> torch.Tensor:
@@ -95,21 +103,6 @@ class Engine:
         except UnicodeEncodeError as error:
             raise UserError(f"the prompt is not valid Unicode text: {error}. Give it in UTF-8.") from error
         return [int(token) for token in self.tokenizer.encode(prompt)]
-
-    def _check(self, prompt_ids: Sequence[int], max_tokens: int) -> None:
-        vocab_size, max_seq_len = self.model.config.vocab_size, self.model.config.max_seq_len
-        if max_tokens < 1:
-            raise UserError(f"max_tokens must be at least 1; found {max_tokens}")
-        if not prompt_ids:
-            raise UserError("the prompt is empty. Give some text to continue.")
-        if len(prompt_ids) >= max_seq_len:
-            raise UserError(
-                f"the prompt has {len(prompt_ids)} tokens; this model takes at most {max_seq_len - 1}, which "
-                f"leaves one to generate of its longest sequence of {max_seq_len}. Shorten the prompt."
-            )
-        foreign = [token for token in prompt_ids if not 0 <= token < vocab_size]
-        if foreign:
-            raise UserError(f"the prompt has the token id {foreign[0]}; this model's ids are 0 to {vocab_size - 1}.")
 
 
 class Generation:

@@ -10,7 +10,7 @@ from dsmoe_ray.data.tokenizer import TextTokenizer, train_tokenizer
 from dsmoe_ray.errors import UserError
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.routing import resolve_routing
-from dsmoe_ray.inference.sampling import SamplingConfig
+from dsmoe_ray.inference.sampling_config import SamplingConfig
 from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.init import initialize
 from dsmoe_ray.model.transformer import Transformer
