@@ -10,7 +10,7 @@ What acts on a row of logits, in this order:
 6. ``min_p`` keeps those of them that are likely enough beside the most likely one;
 7. a token is drawn from what is kept, in proportion.
 
-Of equally likely tokens the lower id comes first, also where a truncation cuts between them. Log probabilities are of
+The order is that of Hugging Face's transformers. Of equally likely tokens the lower id comes first, also where a truncation cuts between them. Log probabilities are of
 the model's own distribution: a softmax over the whole vocabulary of the logits as the model gave them, before 1.
 
 A row's result depends on no other row, and the random number only on the sequence's seed and the position.
@@ -166,6 +166,8 @@ def _to_weights(logits_K: FloatArray, temperature: float) -> NDArray[np.float64]
 
 def _find_largest(values_V: FloatArray, num_kept: int) -> NDArray[np.int64]:
     """Return the indices of the largest values, ascending; of equal ones at the border the lower indices."""
+    if num_kept == 1:
+        return np.array([values_V.argmax()])
     border = np.partition(values_V, len(values_V) - num_kept)[len(values_V) - num_kept]
     return _keep_from(values_V, border, num_kept)
 
