@@ -10,8 +10,9 @@ What acts on a row of logits, in this order:
 6. ``min_p`` keeps those of them that are likely enough beside the most likely one;
 7. a token is drawn from what is kept, in proportion.
 
-The order is that of Hugging Face's transformers. Of equally likely tokens the lower id comes first, also where a truncation cuts between them. Log probabilities are of
-the model's own distribution: a softmax over the whole vocabulary of the logits as the model gave them, before 1.
+The order is that of Hugging Face's transformers. Of equally likely tokens the lower id comes first, also where a
+truncation cuts between them. Log probabilities are of the model's own distribution: a softmax over the whole vocabulary
+of the logits as the model gave them, before 1.
 
 A row's result depends on no other row, and the random number only on the sequence's seed and the position.
 

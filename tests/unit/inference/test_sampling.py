@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmoe_ray.errors import DsmoeError
+from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.sampling import RowSampling, SampledToken, compute_logprobs, sample_batch
 from dsmoe_ray.inference.sampling_config import GREEDY, SamplingConfig
 from dsmoe_ray.inference.token_counts import TokenCounts
@@ -235,6 +236,36 @@ def test_a_row_has_the_same_result_alone_and_in_any_crowd(vocab_size):
     reversed_crowd = sample_batch(logits_RV.flip(0), rows[::-1])[::-1]
     assert crowd == alone == reversed_crowd
     assert len({token.token_id for token in crowd}) > 8
+
+
+def run_request(request, *, vocab_size=60):
+    """Generate all tokens of each sequence from made-up logits that depend on the last token."""
+    table = torch.randn(vocab_size, vocab_size, generator=torch.Generator().manual_seed(6)) * 2
+    sequences = []
+    for sequence_idx in range(request.n):
+        ids, counts = list(request.generated_ids), TokenCounts(request.prompt_ids, request.generated_ids)
+        while len(ids) < request.max_tokens:
+            so_far = [*request.prompt_ids, *ids]
+            row = RowSampling(request.sampling, request.seed_of(sequence_idx), len(so_far), counts)
+            (sampled,) = sample_batch(table[so_far[-1:]], [row])
+            counts.push(sampled.token_id)
+            ids.append(sampled.token_id)
+        sequences.append(ids)
+    return sequences
+
+
+def test_a_sequence_continued_elsewhere_goes_on_with_the_same_tokens_penalties_included():
+    sampling = SamplingConfig(temperature=0.9, top_p=0.9, frequency_penalty=1.0, repetition_penalty=1.3, seed=5)
+    request = GenerationRequest(prompt_ids=[1, 2, 3], max_tokens=30, n=3, sampling=sampling)
+    whole = run_request(request)
+    assert len({tuple(ids) for ids in whole}) == 3
+    assert run_request(request.continue_sequence(0, [])) == whole[:1]
+    for sequence_idx, ids in enumerate(whole):
+        for so_far in (1, 13, 29):
+            assert run_request(request.continue_sequence(sequence_idx, ids[:so_far])) == [ids]
+    # If the tokens so far were taken for prompt, they would count for one penalty only.
+    forgetful = GenerationRequest(prompt_ids=[1, 2, 3, *whole[0][:13]], max_tokens=17, sampling=sampling)
+    assert run_request(forgetful) != [whole[0][13:]]
 
 
 def test_logits_are_not_changed_by_sampling():
