@@ -1,14 +1,16 @@
 """The seam between a mixture layer and wherever its experts live.
 
 ``TokenExchange`` moves tokens between their owners and the ranks that hold experts while training. ``LocalExchange``
-is the one for a single process: every expert is here and nothing moves.
+is the one for a single process: every expert is here and nothing moves. ``ExpertBackend`` is the seam of inference,
+where every token names the few experts that it wants.
 
-Shape suffixes: T tokens owned here, N tokens seen here (all owners'), D model width, E experts, L experts held here.
+Shape suffixes: T tokens owned here, N tokens seen here (all owners'), D model width, E experts, L experts held here,
+K most experts that a token of the batch wants.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -104,3 +106,34 @@ class LocalExchange:
 
 
 LOCAL_EXCHANGE = LocalExchange()
+
+
+class ExpertAssignment(NamedTuple):
+    """Which FFN experts of one layer each token wants, and with what weight; both ``(T, K)``."""
+
+    expert_ids_TK: torch.Tensor
+    """int32, ascending per token, then -1 where a token wants fewer than K."""
+    gates_TK: torch.Tensor
+    """Float32; zero where the id is -1."""
+    all_experts: bool = False
+    """Every token wants every expert: K = E and each row is 0, 1, ... E - 1."""
+
+
+class ExpertBackend(Protocol):
+    """Computes what FFN experts say to tokens, here or elsewhere. Calls are pure functions of their arguments."""
+
+    def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> Any:
+        """Send tokens to the experts that they want; return a handle for ``combine`` at once.
+
+        Args:
+            layer: Whose experts.
+            x_TD: Normed hidden states in the compute type. Neither they nor the assignment change before ``combine``.
+            assignment: Who wants whom.
+        """
+
+    def combine(self, handle: Any) -> torch.Tensor:
+        """Wait for the outputs; return their gated sums ``(T, D)`` in the type of ``x_TD``, zeros where none is wanted.
+
+        With exact numerics each output row is computed by itself, weighed, and added in float32 in ascending order of
+        expert ids, so that it does not depend on who else is in the batch or on where an expert lives.
+        """

@@ -1,0 +1,81 @@
+"""FFN experts in this process, on compiled CPU kernels: the ``ExpertBackend`` of a model that lives on one machine.
+
+The tokens of a call are grouped by expert, and each expert's weights are read once, where they lie, whatever the batch.
+
+Shape suffixes: T tokens of a call, D model width, E experts, F width of one expert, K experts that a token names.
+"""
+
+from typing import Any
+
+import torch
+
+from dsmoe_ray.inference.cpu_library import (
+    ACTIVATIONS,
+    DTYPES,
+    ExpertCall,
+    ExpertWeights,
+    load_kernels,
+    point,
+    reference,
+)
+from dsmoe_ray.model.config import ModelConfig, MoeConfig
+from dsmoe_ray.model.dispatch import ExpertAssignment
+from dsmoe_ray.model.moe import DenseFfn
+from dsmoe_ray.model.transformer import Transformer
+
+
+class CpuExperts:
+    """The FFN of every layer; a dense FFN is one expert that every token uses."""
+
+    def __init__(self, model: Transformer, *, max_tokens: int, num_threads: int) -> None:
+        """Take the weights of ``model`` where they lie, for calls of up to ``max_tokens`` tokens."""
+        self._kernels = load_kernels()
+        ffn = model.config.ffn
+        num_experts = ffn.num_experts if isinstance(ffn, MoeConfig) else 1
+        self._d_model = model.config.d_model
+        self._model = model
+        self._weights = [_describe(_find_weights(block), model.config, num_threads) for block in model.blocks]
+        self._weight_refs = [reference(weights) for weights in self._weights]
+        # Memory that is not written is not taken: this is the most that a call of all tokens to all experts can want.
+        num_pairs = max_tokens * num_experts
+        self._scratch = {
+            "hidden": torch.empty(num_pairs, ffn.d_ff, dtype=model.embedding.weight.dtype),
+            "expert_starts": torch.empty(num_experts + 1, dtype=torch.int32),
+            "pair_tokens": torch.empty(num_pairs, dtype=torch.int32),
+            "pair_gates": torch.empty(num_pairs),
+            "active_experts": torch.empty(num_experts, dtype=torch.int32),
+        }
+        self._call = ExpertCall(**{name: point(tensor) for name, tensor in self._scratch.items()})
+        self._call_ref = reference(self._call)
+
+    def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
+        """Compute at once; see ``ExpertBackend``."""
+        call = self._call
+        y_TD = torch.empty(len(x_TD), self._d_model)
+        call.num_tokens, call.x, call.y = len(x_TD), x_TD.data_ptr(), y_TD.data_ptr()
+        call.stride = assignment.expert_ids_TK.stride(0)
+        call.expert_ids, call.gates = assignment.expert_ids_TK.data_ptr(), assignment.gates_TK.data_ptr()
+        self._kernels.dsmoe_experts(self._weight_refs[layer], self._call_ref)
+        return y_TD
+
+    def combine(self, handle: torch.Tensor) -> torch.Tensor:
+        """Return what was computed, float32 ``(T, D)``."""
+        return handle
+
+
+def _find_weights(block: Any) -> Any:
+    return block.ffn if isinstance(block.ffn, DenseFfn) else block.ffn.experts
+
+
+def _describe(weights: Any, config: ModelConfig, num_threads: int) -> ExpertWeights:
+    return ExpertWeights(
+        dtype=DTYPES[weights.w1.dtype],
+        d_model=config.d_model,
+        d_ff=config.ffn.d_ff,
+        num_experts=config.ffn.num_experts if isinstance(config.ffn, MoeConfig) else 1,
+        activation=ACTIVATIONS[config.ffn.activation],
+        num_threads=num_threads,
+        w1=point(weights.w1),
+        w2=point(weights.w2),
+        w3=None if weights.w3 is None else point(weights.w3),
+    )

@@ -1,0 +1,124 @@
+// The selected FFN experts of one layer: tokens grouped by expert, each expert's weights read once.
+//
+// Up: hidden = gate * act(w1 x) [* (w3 x)] for every (token, expert) pair. Down: every thread takes columns of the
+// output and adds each expert's contribution to its tokens, experts in ascending order; so a token's sum is the same
+// whatever else is computed with it. Called by all threads of a parallel region.
+#pragma once
+
+#include <algorithm>
+
+#include "matmul.h"
+#include "model.h"
+
+namespace dsmoe {
+
+constexpr int kHiddenChunk = 32;  // hidden units of one piece of work
+
+// Lists the tokens of each expert. One thread.
+inline int group_by_expert(const ExpertWeights& weights, const ExpertCall& call) {
+  const int num_experts = weights.num_experts;
+  std::fill(call.expert_starts, call.expert_starts + num_experts + 1, 0);
+  auto for_pairs = [&](auto body) {
+    for (int t = 0; t < call.num_tokens; ++t) {
+      for (int k = 0; k < call.stride; ++k) {
+        const int64_t i = int64_t(t) * call.stride + k;
+        if (call.expert_ids[i] < 0) break;
+        body(t, call.expert_ids[i], call.gates[i]);
+      }
+    }
+  };
+  for_pairs([&](int, int e, float) { ++call.expert_starts[e + 1]; });
+  for (int e = 0; e < num_experts; ++e) call.expert_starts[e + 1] += call.expert_starts[e];
+  for_pairs([&](int t, int e, float gate) {
+    const int pair = call.expert_starts[e]++;
+    call.pair_tokens[pair] = t;
+    call.pair_gates[pair] = gate;
+  });
+  for (int e = num_experts; e > 0; --e) call.expert_starts[e] = call.expert_starts[e - 1];
+  call.expert_starts[0] = 0;
+  int num_active = 0;
+  for (int e = 0; e < num_experts; ++e)
+    if (call.expert_starts[e + 1] > call.expert_starts[e]) call.active_experts[num_active++] = e;
+  return num_active;
+}
+
+// Hidden units [first, first + count) of one expert for all of its tokens.
+template <typename T>
+inline void compute_hidden(const ExpertWeights& weights, const ExpertCall& call, int expert, int first, int count) {
+  const int64_t d_model = weights.d_model, matrix = int64_t(weights.d_ff) * d_model;
+  const bool is_gated = weights.activation == kSwiglu;
+  const T* w1 = static_cast<const T*>(weights.w1) + expert * matrix + first * d_model;
+  const T* w3 = is_gated ? static_cast<const T*>(weights.w3) + expert * matrix + first * d_model : nullptr;
+  const int begin = call.expert_starts[expert], end = call.expert_starts[expert + 1];
+  // A pass takes four rows: of w1, or two of each matrix.
+  const int rows_per_pass = is_gated ? kRowTile / 2 : kRowTile;
+  const int num_rows = is_gated ? (count + 1) / 2 * kRowTile : count;
+  for (int pair = begin; pair < end; pair += kTokenTile) {
+    const int num_tokens = std::min(kTokenTile, end - pair);
+    alignas(64) float up[kTokenTile][kHiddenChunk] = {}, linear[kTokenTile][kHiddenChunk] = {};
+    auto unit_of = [&](int row) {
+      return is_gated ? std::min(row / kRowTile * rows_per_pass + row % rows_per_pass, count - 1) : row;
+    };
+    auto is_linear = [&](int row) { return is_gated && row % kRowTile >= rows_per_pass; };
+    dot_rows<T>(
+        num_rows, num_tokens, d_model, rows_per_pass * d_model,
+        [&](int row) { return (is_linear(row) ? w3 : w1) + unit_of(row) * d_model; },
+        [&](int t) { return static_cast<const T*>(call.x) + call.pair_tokens[pair + t] * d_model; },
+        [&](int row, int t, float value) { (is_linear(row) ? linear : up)[t][unit_of(row)] = value; });
+    for (int t = 0; t < num_tokens; ++t) {
+      T* hidden = static_cast<T*>(call.hidden) + (pair + t) * int64_t(weights.d_ff) + first;
+      for_lanes(count, [&](int64_t i, int lanes) {
+        const Vec a = load(up[t] + i);
+        const Vec activated = is_gated ? silu(a) * load(linear[t] + i) : gelu(a);
+        store_up_to(hidden + i, activated * call.pair_gates[pair + t], lanes);
+      });
+    }
+  }
+}
+
+// Columns [begin, end) of the output of all tokens.
+template <typename T>
+inline void combine_columns(const ExpertWeights& weights, const ExpertCall& call, int num_active, int64_t begin,
+                            int64_t end) {
+  const int64_t d_model = weights.d_model, matrix = int64_t(weights.d_ff) * d_model;
+  const T* w2 = static_cast<const T*>(weights.w2);
+  for (int t = 0; t < call.num_tokens; ++t)
+    std::memset(call.y + t * d_model + begin, 0, sizeof(float) * (end - begin));
+  for (int a = 0; a < num_active; ++a) {
+    const int expert = call.active_experts[a], next = call.active_experts[std::min(a + 1, num_active - 1)];
+    const int first = call.expert_starts[expert];
+    axpy_columns<T>(
+        w2 + expert * matrix, d_model, begin, end, weights.d_ff, call.expert_starts[expert + 1] - first,
+        w2 + next * matrix + begin,
+        [&](int i) { return static_cast<const T*>(call.hidden) + (first + i) * int64_t(weights.d_ff); },
+        [&](int i, int64_t column, const float* values, int count) {
+          float* y = call.y + call.pair_tokens[first + i] * d_model + column;
+          for_lanes(count, [&](int64_t j, int lanes) {
+            store_up_to(y + j, load_up_to(y + j, lanes) + load_up_to(values + j, lanes), lanes);
+          });
+        });
+  }
+}
+
+// Columns of one piece of work: enough pieces for all threads, wide enough to stream rows.
+inline int64_t columns_per_chunk(int64_t num_columns, int num_threads) {
+  const int64_t wanted = num_columns / (2 * num_threads) / 64 * 64;
+  return std::clamp<int64_t>(wanted, 64, kMaxColumnTile);
+}
+
+template <typename T>
+inline void run_experts(const ExpertWeights& weights, const ExpertCall& call, int num_active) {
+  const int chunks = (weights.d_ff + kHiddenChunk - 1) / kHiddenChunk;
+#pragma omp for schedule(dynamic, 1)
+  for (int work = 0; work < num_active * chunks; ++work) {
+    const int first = work % chunks * kHiddenChunk;
+    compute_hidden<T>(weights, call, call.active_experts[work / chunks], first,
+                      std::min(kHiddenChunk, weights.d_ff - first));
+  }
+  const int64_t width = columns_per_chunk(weights.d_model, weights.num_threads);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t begin = 0; begin < weights.d_model; begin += width)
+    combine_columns<T>(weights, call, num_active, begin, std::min<int64_t>(begin + width, weights.d_model));
+}
+
+}  // namespace dsmoe

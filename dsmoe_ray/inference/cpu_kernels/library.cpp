@@ -1,0 +1,106 @@
+// The functions that Python calls through ctypes. Each opens one parallel region.
+#include <algorithm>
+
+#include "trunk.h"
+
+using namespace dsmoe;
+
+namespace {
+
+// Which sequence each token belongs to, and the tiles of tokens that attend together; returns the number of tiles.
+int lay_out(const Model& model, const Step& step) {
+  int num_tiles = 0;
+  for (int b = 0; b < step.num_sequences; ++b) {
+    const int begin = step.query_starts[b], end = step.query_starts[b + 1];
+    std::fill(step.sequence_of + begin, step.sequence_of + end, b);
+    for (int token = begin; token < end; token += tokens_per_tile(model)) {
+      step.tiles[2 * num_tiles] = b;
+      step.tiles[2 * num_tiles++ + 1] = token;
+    }
+  }
+  return num_tiles;
+}
+
+template <typename T>
+void embed(const Model& model, const Step& step) {
+  const int64_t d_model = model.d_model;
+  for (int t = 0; t < step.num_tokens; ++t) {
+    const T* row = static_cast<const T*>(model.embedding) + step.tokens[t] * d_model;
+    for_lanes(d_model, [&](int64_t i, int count) {
+      store_up_to(step.x + t * d_model + i, load_up_to(row + i, count), count);
+    });
+  }
+}
+
+template <typename T>
+void trunk(const Model& model, const Step& step, int layer) {
+  const int num_tiles = lay_out(model, step);
+#pragma omp parallel num_threads(model.num_threads)
+  run_trunk<T>(model, step, layer, num_tiles);
+}
+
+template <typename T>
+void experts(const ExpertWeights& weights, const ExpertCall& call) {
+  const int num_active = group_by_expert(weights, call);
+#pragma omp parallel num_threads(weights.num_threads)
+  run_experts<T>(weights, call, num_active);
+}
+
+// Logits of the wanted rows, which are gathered at the front of `normed`.
+template <typename T>
+void finish(const Model& model, const Step& step, const int32_t* rows, int num_rows, float* logits) {
+  const int64_t d_model = model.d_model;
+#pragma omp parallel num_threads(model.num_threads)
+  {
+    norm_all<T>(model, step, model.norm, true);
+#pragma omp single
+    for (int i = 0; i < num_rows; ++i) {
+      T* cast = static_cast<T*>(step.normed_cast);
+      // Rows ascend, so a row is never overwritten before it was moved.
+      std::memmove(cast + i * d_model, cast + rows[i] * d_model, sizeof(T) * d_model);
+    }
+    project<T>(model.head, model.vocab_size, d_model, step.normed_cast, num_rows, logits, model.vocab_size);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Must fit cpu_library.py; checked when the library is loaded.
+int32_t dsmoe_struct_sizes(int32_t* sizes) {
+  const int32_t found[] = {sizeof(Rule),  sizeof(RouterWeights), sizeof(LayerWeights), sizeof(Model),
+                           sizeof(Step), sizeof(ExpertWeights), sizeof(ExpertCall)};
+  std::copy(std::begin(found), std::end(found), sizes);
+  return int32_t(std::size(found));
+}
+
+void dsmoe_embed(const Model* model, const Step* step) {
+  if (model->dtype == kFloat32)
+    embed<float>(*model, *step);
+  else
+    embed<Bf16>(*model, *step);
+}
+
+void dsmoe_trunk(const Model* model, const Step* step, int32_t layer) {
+  if (model->dtype == kFloat32)
+    trunk<float>(*model, *step, layer);
+  else
+    trunk<Bf16>(*model, *step, layer);
+}
+
+void dsmoe_experts(const ExpertWeights* weights, const ExpertCall* call) {
+  if (weights->dtype == kFloat32)
+    experts<float>(*weights, *call);
+  else
+    experts<Bf16>(*weights, *call);
+}
+
+void dsmoe_finish(const Model* model, const Step* step, const int32_t* rows, int32_t num_rows, float* logits) {
+  if (model->dtype == kFloat32)
+    finish<float>(*model, *step, rows, num_rows, logits);
+  else
+    finish<Bf16>(*model, *step, rows, num_rows, logits);
+}
+
+}  // extern "C"
