@@ -1,0 +1,197 @@
+"""Keys and values in blocks, and attention of new tokens over the blocks of their sequences.
+
+Two blocks are kept back behind those that the scheduler gives out: one stays zero and stands where a sequence has no
+position, so that nothing left there by another sequence can reach this one, not even through a NaN times zero; the
+other takes what the padding of a batch writes.
+
+Query heads that read one KV head lie together, as rows of one matrix.
+
+Shape suffixes: T tokens of the step, B sequences that decode, S new positions and C all positions of a sequence,
+M blocks, N slots = blocks times block_size, G KV heads, Q query heads per KV head, R = S * Q query rows per KV head,
+W positions of a window, d head_dim.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from dsmoe_ray.inference.row_math import ExactMath, in_pieces
+from dsmoe_ray.model.config import ModelConfig
+
+_RESERVED_BLOCKS = 2
+WINDOW = 64
+"""Positions that exact attention takes at a time."""
+
+
+class PagedKvCache:
+    """Memory for the keys and values of all layers, addressed by slot: block id times ``block_size`` plus offset."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        num_slots = (num_blocks + _RESERVED_BLOCKS) * block_size
+        shape = (config.num_layers, num_slots, config.attention.num_kv_heads, config.attention.head_dim)
+        self.k_LNGd = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_LNGd = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def zero_slot(self) -> int:
+        """Return a slot that is zero and stays so."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def scratch_block(self) -> int:
+        """Return the id of the block that padding may write to."""
+        return self.num_blocks + 1
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the memory of the cache, filled or not."""
+        return self.k_LNGd.nbytes + self.v_LNGd.nbytes
+
+    def write(self, layer: int, slots_T: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> None:
+        """Store keys and values of one layer."""
+        self.k_LNGd[layer].index_copy_(0, slots_T, k_TGd)
+        self.v_LNGd[layer].index_copy_(0, slots_T, v_TGd)
+
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of keys and values, ``(*slots.shape, G, d)`` each."""
+        flat = slots.flatten()
+        k, v = self.k_LNGd[layer].index_select(0, flat), self.v_LNGd[layer].index_select(0, flat)
+        return k.unflatten(0, slots.shape), v.unflatten(0, slots.shape)
+
+
+def find_slots(
+    cache: PagedKvCache, block_table: torch.Tensor, lengths: torch.Tensor, *, num_blocks: int
+) -> torch.Tensor:
+    """Return the slot of each position of sequences, the zero slot from their lengths on.
+
+    Args:
+        cache: Where the blocks are.
+        block_table: Block ids ``(..., M)``.
+        lengths: Positions of each sequence ``(...)``.
+        num_blocks: Blocks to cover; the result is ``(..., num_blocks * block_size)``.
+    """
+    offsets = torch.arange(cache.block_size, device=block_table.device)
+    slots = (block_table[..., :num_blocks, None] * cache.block_size + offsets).flatten(-2)
+    positions = torch.arange(slots.shape[-1], device=slots.device)
+    return torch.where(positions < lengths[..., None], slots, cache.zero_slot)
+
+
+@dataclass(frozen=True)
+class DecodingRows:
+    """Tokens that are each the newest of their sequence."""
+
+    rows_B: torch.Tensor | None
+    """Which tokens of the step; None for all, in order."""
+    slots_BC: torch.Tensor
+    mask_B11C: torch.Tensor
+    """True where a sequence has a position."""
+
+    def attend(self, cache: PagedKvCache, layer: int, q_TGQd: torch.Tensor, out_TGQd: torch.Tensor) -> None:
+        """Fill the rows of these tokens."""
+        q_BGQd = q_TGQd if self.rows_B is None else q_TGQd.index_select(0, self.rows_B)
+        k_BCGd, v_BCGd = cache.read(layer, self.slots_BC)
+        found_BGQd = functional.scaled_dot_product_attention(
+            q_BGQd, k_BCGd.transpose(1, 2), v_BCGd.transpose(1, 2), attn_mask=self.mask_B11C
+        )
+        if self.rows_B is None:
+            out_TGQd.copy_(found_BGQd)
+        else:
+            out_TGQd.index_copy_(0, self.rows_B, found_BGQd)
+
+
+@dataclass(frozen=True)
+class ChunkRows:
+    """Consecutive new tokens of one sequence."""
+
+    rows: slice
+    slots_C: torch.Tensor
+    mask_SC: torch.Tensor | None
+    """Who may attend to whom; None if these are the sequence's first tokens."""
+
+    def attend(self, cache: PagedKvCache, layer: int, q_TGQd: torch.Tensor, out_TGQd: torch.Tensor) -> None:
+        """Fill the rows of these tokens."""
+        q_SGQd = q_TGQd[self.rows]
+        num_query_heads = q_SGQd.shape[2]
+        k_1GCd, v_1GCd = (tensor.transpose(0, 1)[None] for tensor in cache.read(layer, self.slots_C))
+        if self.mask_SC is None:
+            q_1HSd = q_SGQd.flatten(1, 2).transpose(0, 1)[None]
+            found_1HSd = functional.scaled_dot_product_attention(
+                q_1HSd, k_1GCd, v_1GCd, is_causal=True, enable_gqa=num_query_heads > 1
+            )
+            out_TGQd[self.rows] = found_1HSd[0].transpose(0, 1).unflatten(1, q_SGQd.shape[1:3])
+            return
+        found_1GRd = functional.scaled_dot_product_attention(
+            q_SGQd.permute(1, 2, 0, 3).flatten(1, 2)[None],
+            k_1GCd,
+            v_1GCd,
+            attn_mask=self.mask_SC.repeat(num_query_heads, 1),
+        )
+        out_TGQd[self.rows] = found_1GRd[0].unflatten(1, (num_query_heads, -1)).permute(2, 0, 1, 3)
+
+
+@dataclass(frozen=True)
+class ExactRows:
+    """Consecutive new tokens of one sequence, attending so that a row depends on nothing but its context.
+
+    Tiles of query rows meet windows of ``WINDOW`` positions in ascending order, each pair as a product of one fixed
+    shape. Windows beyond a row's own position add exact zeros to it.
+    """
+
+    math: ExactMath
+    rows: slice
+    first_position: int
+    slots_C: torch.Tensor
+    """Padded with the zero slot to whole windows."""
+
+    def attend(self, cache: PagedKvCache, layer: int, q_TGQd: torch.Tensor, out_TGQd: torch.Tensor) -> None:
+        """Fill the rows of these tokens."""
+        q_SGQd = q_TGQd[self.rows].float()
+        num_new, num_kv_heads, num_query_heads, head_dim = q_SGQd.shape
+        k_CGd, v_CGd = (tensor.float() for tensor in cache.read(layer, self.slots_C))
+        k_windows = k_CGd.permute(1, 2, 0).split(WINDOW, dim=2)
+        v_windows = v_CGd.transpose(0, 1).split(WINDOW, dim=1)
+        tile = self.math.find_attention_tile(num_kv_heads, head_dim, WINDOW)
+        num_rows = num_new * num_query_heads
+        scaled_GRd = (q_SGQd / math.sqrt(head_dim)).transpose(0, 1).flatten(1, 2)
+        padded_GRd = functional.pad(scaled_GRd, (0, 0, 0, -num_rows % tile))
+        positions_R = torch.arange(padded_GRd.shape[1]) // num_query_heads + self.first_position
+        tiles = [
+            _attend_tile(q_GRd.contiguous(), positions, k_windows, v_windows)
+            for q_GRd, positions in zip(padded_GRd.split(tile, dim=1), positions_R.split(tile), strict=True)
+        ]
+        found_GRd = torch.cat(tiles, dim=1)[:, :num_rows]
+        out_TGQd[self.rows] = found_GRd.unflatten(1, (num_new, num_query_heads)).transpose(0, 1).to(out_TGQd.dtype)
+
+
+def _attend_tile(
+    q_GRd: torch.Tensor,
+    positions_R: torch.Tensor,
+    k_windows: Sequence[torch.Tensor],
+    v_windows: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Return attention of a few query rows ``(G, R, d)`` over the windows ``(G, d, W)`` and ``(G, W, d)``."""
+    scores = []
+    for index in range(min(len(k_windows), int(positions_R[-1]) // WINDOW + 1)):
+        ahead_RW = torch.arange(index * WINDOW, (index + 1) * WINDOW) > positions_R[:, None]
+        scores.append((q_GRd @ k_windows[index]).masked_fill(ahead_RW, -math.inf))
+    # A maximum is the same whatever the order.
+    max_GR1 = torch.stack([score_GRW.amax(-1, keepdim=True) for score_GRW in scores]).amax(0)
+    sum_GR1 = torch.zeros_like(max_GR1)
+    out_GRd = torch.zeros_like(q_GRd)
+    for score_GRW, v_GWd in zip(scores, v_windows, strict=False):
+        weights_GRW = in_pieces(torch.exp, score_GRW - max_GR1)
+        sum_GR1 += weights_GRW.sum(-1, keepdim=True)
+        out_GRd += weights_GRW @ v_GWd
+    return out_GRd / sum_GR1
