@@ -17,6 +17,7 @@ import torch
 
 from dsmoe_ray.artifact.layout import expert_matrices, expert_name, is_stacked, model_shapes, stacked_name
 from dsmoe_ray.artifact.manifest import (
+    CHAT_TEMPLATE,
     TOKENIZER,
     ArtifactManifest,
     read_generation_config,
@@ -49,8 +50,10 @@ class Artifact:
         self.model_config = model_config
         self.generation_config: dict[str, Any] = read_generation_config(directory, manifest)
         """Defaults for generation, such as ``eos_token_id``."""
-        self.tokenizer_json = self._read_tokenizer()
+        self.tokenizer_json = self._read_text(TOKENIZER)
         """Content of the verified ``tokenizer.json``."""
+        self.chat_template = self._read_text(CHAT_TEMPLATE) if CHAT_TEMPLATE in manifest.side_files else None
+        """Jinja template that turns a conversation into a prompt, if the model has one."""
         self._file_of = read_index(directory, manifest)
         self._verified: set[str] = set()
         # Opened, not read: a missing or shortened file is told now and not in mid-request.
@@ -80,6 +83,19 @@ class Artifact:
             tensor = self._stack(name, range(shape[0])) if is_stacked(name) else self._view(name)
             state[name] = tensor if dtype is None else tensor.to(dtype)
         return state
+
+    def load_parameter(self, name: str) -> torch.Tensor:
+        """Return one parameter of ``Transformer`` by its name, verified; experts stacked ``(E, F, D)``.
+
+        Raises:
+            ArtifactError: it does not match its digest.
+            KeyError: there is no such parameter.
+        """
+        if not is_stacked(name):
+            return self.load_tensor(name)
+        everyone = range(model_shapes(self.model_config)[name][0])
+        self._verify([expert_name(name, expert_id) for expert_id in everyone])
+        return self._stack(name, everyone)
 
     def load_tensor(self, name: str) -> torch.Tensor:
         """Return one tensor by its name in the files, verified.
@@ -189,8 +205,8 @@ class Artifact:
                     f"the manifest says {expected.dtype} {expected.shape}. Copy the artifact from its source again."
                 )
 
-    def _read_tokenizer(self) -> str:
+    def _read_text(self, name: str) -> str:
         try:
-            return read_side_file(self.directory, TOKENIZER, self.manifest).decode()
+            return read_side_file(self.directory, name, self.manifest).decode()
         except UnicodeDecodeError as error:
-            raise ArtifactError(f"{self.directory / TOKENIZER} is not UTF-8: {error}.") from error
+            raise ArtifactError(f"{self.directory / name} is not UTF-8: {error}.") from error

@@ -22,7 +22,9 @@ from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig
 FORMAT_VERSION = 1
 MANIFEST, CONFIG, TOKENIZER, GENERATION = "manifest.json", "config.json", "tokenizer.json", "generation_config.json"
 INDEX = "model.safetensors.index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 SIDE_FILES = (CONFIG, TOKENIZER, GENERATION, INDEX)
+OPTIONAL_SIDE_FILES = (CHAT_TEMPLATE,)
 _WEIGHTS_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _MAX_SIDE_BYTES = 1 << 30
 _ADVICE = "Copy the artifact from its source again."
@@ -108,7 +110,7 @@ def read_manifest(directory: Path) -> ArtifactManifest:
         raise _to_artifact_error(path, error) from error
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged: {error}. {_ADVICE}") from error
-    _check_names(path, "side_files", set(manifest.side_files), wanted=set(SIDE_FILES))
+    _check_names(path, "side_files", set(manifest.side_files) - set(OPTIONAL_SIDE_FILES), wanted=set(SIDE_FILES))
     for name in manifest.weight_files:
         if _WEIGHTS_NAME.fullmatch(name) is None:
             raise ArtifactError(f"{path}: {name!r} is not the name of a weights file. {_ADVICE}")

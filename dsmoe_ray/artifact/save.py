@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from dsmoe_ray.artifact.layout import Shape, expert_name, is_stacked, model_shapes
 from dsmoe_ray.artifact.manifest import (
+    CHAT_TEMPLATE,
     CONFIG,
     FORMAT_VERSION,
     GENERATION,
@@ -51,6 +52,8 @@ def save_artifact(
     tokenizer_json: str,
     provenance: Mapping[str, Any],
     eos_token_id: int | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    chat_template: str | None = None,
     dtype: torch.dtype | None = None,
     max_file_bytes: int = _MAX_FILE_BYTES,
 ) -> ArtifactManifest:
@@ -63,6 +66,8 @@ def save_artifact(
         tokenizer_json: Content of a ``tokenizer.json``.
         provenance: Plain values that tell where the model comes from.
         eos_token_id: Token that ends a text.
+        generation_config: Plain values, more defaults for generation.
+        chat_template: Jinja template that turns a conversation into a prompt.
         dtype: Converts the weights; float32 or bfloat16. By default each keeps its type.
         max_file_bytes: A weights file is closed before it exceeds this; held in memory until then.
 
@@ -80,13 +85,31 @@ def save_artifact(
         for name, tensor in _check_parameters(tensors, model_shapes(config), dtype):
             writer.add(name, tensor)
         writer.finish()
-        side_files = _write_side_files(staging, config, tokenizer_json, eos_token_id, writer)
+        generation: dict[str, Any] = {"max_length": config.max_seq_len}
+        if eos_token_id is not None:
+            generation["eos_token_id"] = eos_token_id
+        generation |= generation_config or {}
+        side_files = _write_side_files(staging, config, tokenizer_json, generation, chat_template, writer)
         manifest = _describe(config, side_files, writer, provenance)
         write_durably(staging / MANIFEST, to_sealed_json(manifest.model_dump(mode="json")))
         commit_directory(staging, directory)
     finally:
         delete_directory(staging)
     return manifest
+
+
+def check_target(directory: Path) -> None:
+    """Check that a directory to write is not there yet, or empty, so that nothing of anyone's is lost.
+
+    Raises:
+        ArtifactError: it is in use.
+    """
+    try:
+        in_use = directory.exists() and (not directory.is_dir() or any(directory.iterdir()))
+    except OSError as error:
+        raise ArtifactError(f"{directory} cannot be looked into: {error.strerror}. Choose another path.") from error
+    if in_use:
+        raise ArtifactError(f"{directory} is there already and not empty. Choose another path, or remove it first.")
 
 
 def _check_parameters(
@@ -160,11 +183,13 @@ class _WeightsWriter:
 
 
 def _write_side_files(
-    staging: Path, config: ModelConfig, tokenizer_json: str, eos_token_id: int | None, writer: _WeightsWriter
+    staging: Path,
+    config: ModelConfig,
+    tokenizer_json: str,
+    generation: Mapping[str, Any],
+    chat_template: str | None,
+    writer: _WeightsWriter,
 ) -> dict[str, SideFile]:
-    generation: dict[str, Any] = {"max_length": config.max_seq_len}
-    if eos_token_id is not None:
-        generation["eos_token_id"] = eos_token_id
     weight_map = dict(sorted(writer.weight_map.items()))
     index = {"metadata": {"total_size": writer.total_bytes}, "weight_map": weight_map}
     contents = {
@@ -173,6 +198,8 @@ def _write_side_files(
         GENERATION: _to_json(generation),
         INDEX: _to_json(index),
     }
+    if chat_template is not None:
+        contents[CHAT_TEMPLATE] = chat_template.encode()
     return {name: SideFile(**write_durably(staging / name, data)._asdict()) for name, data in contents.items()}
 
 

@@ -9,6 +9,7 @@ Exit codes: 0 success, 2 a person's mistake (a message, no traceback), 130 inter
 import importlib
 import importlib.metadata
 import importlib.util
+import keyword
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -22,6 +23,8 @@ COMMANDS = {
     "train": "Train a model densely on Ray actors.",
     "evaluate": "Measure loss, perplexity and active parameters of an artifact.",
     "generate": "Continue a prompt with an artifact, streamed.",
+    "export": "Write an artifact as a Hugging Face model.",
+    "import": "Read a Hugging Face model into an artifact.",
     "validate": "Check a config; print its parameters, FLOPs, memory and traffic.",
     "inspect": "Describe an artifact and verify its digests.",
     "doctor": "Check this machine: versions, cores, memory, GPU, ports.",
@@ -63,11 +66,17 @@ def build_app(words: Sequence[str]) -> typer.Typer:
     app.callback()(_global_options)
     asked = next((word for word in words if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
-        module = f"dsmoe_ray.cli.{name.replace('-', '_')}"
+        module = f"dsmoe_ray.cli.{module_name(name)}"
         if importlib.util.find_spec(module) is not None:
             function = importlib.import_module(module).command if name == asked else _not_asked
             app.command(name, short_help=summary)(function)
     return app
+
+
+def module_name(command: str) -> str:
+    """Return the module of a command; one named like a keyword of Python has an underscore after it."""
+    name = command.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def _not_asked() -> None:

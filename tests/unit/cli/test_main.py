@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_ray.cli.main import COMMANDS, main
+from dsmoe_ray.cli.main import COMMANDS, main, module_name
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "examples" / "quickstart.yaml")
@@ -91,13 +91,13 @@ def test_help_lists_each_command_that_has_a_file(capsys):
     code, out, _ = run_here(capsys, "--help")
     assert code == 0
     for name, summary in COMMANDS.items():
-        is_there = (ROOT / "dsmoe_ray" / "cli" / f"{name.replace('-', '_')}.py").exists()
+        is_there = (ROOT / "dsmoe_ray" / "cli" / f"{module_name(name)}.py").exists()
         assert (f"  {name} " in out and summary in " ".join(out.split())) == is_there
 
 
 def test_every_command_file_is_in_the_table():
     files = {path.stem for path in (ROOT / "dsmoe_ray" / "cli").glob("*.py")} - {"__init__", "main"}
-    assert files <= {name.replace("-", "_") for name in COMMANDS}
+    assert files <= {module_name(name) for name in COMMANDS}
 
 
 def test_an_unexpected_failure_keeps_its_traceback_and_is_exit_code_1():
