@@ -7,6 +7,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 venv_extras=dev
 source examples/setup_venv.sh
 
+# The older transformers that exported models must load in: a directory of its own, which a test's process puts first in
+# its path. What it needs beside these three is in .venv; torch above all is never fetched twice.
+setup_old_transformers() {
+  local target=.venv/transformers-4.57 wanted=('transformers==4.57.*' 'huggingface_hub>=0.34,<1.0' 'tokenizers>=0.22,<=0.23.0')
+  if [[ -f "$target/.setup" && "$(<"$target/.setup")" == "${wanted[*]}" ]]; then return 0; fi
+  rm -rf "$target"
+  python -m pip install -qq --no-deps --target "$target" "${wanted[@]}" || return 1
+  printf '%s' "${wanted[*]}" >"$target/.setup"
+}
+
 selection=()
 if [[ "${1:-}" == fast ]]; then
   shift
@@ -14,6 +24,7 @@ if [[ "${1:-}" == fast ]]; then
 fi
 
 failed=()
+setup_old_transformers || failed+=("set-up of transformers 4.57")
 run_stage() {
   local name="$1" started=$SECONDS
   shift
