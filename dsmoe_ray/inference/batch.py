@@ -1,12 +1,13 @@
 """What one step gives to a runner: the tokens of every sequence of the step, and where their keys and values lie.
 
-Pure data, NumPy only. Shape suffixes: T tokens of the step, B sequences of the step, R rows whose logits are wanted.
+NumPy only. Shape suffixes: T tokens of the step, B sequences of the step, R rows whose logits are wanted.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from dsmoe_ray.inference.sequence import ScheduledStep
 from dsmoe_ray.model.transformer import LayerRouting
 
 
@@ -42,3 +43,36 @@ class ForwardBatch:
     def num_sequences(self) -> int:
         """Return B."""
         return len(self.first_positions_B)
+
+
+def build_batch(step: ScheduledStep) -> ForwardBatch:
+    """Return what a runner needs for a step that has chunks."""
+    chunks = step.chunks
+    tokens: list[int] = []
+    starts, positions, rule_idxs, logits_rows = [0], [], [], []
+    rules: dict[bytes, tuple[LayerRouting, ...]] = {}
+    idx_of_rules: dict[bytes, int] = {}
+    block_tables = np.zeros((len(chunks), max(len(chunk.sequence.block_table) for chunk in chunks)), np.int32)
+    for b, (sequence, start, num_tokens, num_logits) in enumerate(chunks):
+        if num_tokens == 1:
+            tokens.append(sequence.token_ids[start])
+        else:
+            tokens += sequence.token_ids[start : start + num_tokens]
+        end = len(tokens)
+        starts.append(end)
+        positions.append(start)
+        logits_rows += range(end - num_logits, end)
+        block_tables[b, : len(sequence.block_table)] = sequence.block_table
+        if sequence.rules_key not in idx_of_rules:
+            idx_of_rules[sequence.rules_key] = len(rules)
+            rules[sequence.rules_key] = sequence.rules
+        rule_idxs.append(idx_of_rules[sequence.rules_key])
+    return ForwardBatch(
+        token_ids_T=np.array(tokens, np.int32),
+        query_starts=np.array(starts, np.int32),
+        first_positions_B=np.array(positions, np.int32),
+        block_tables=block_tables,
+        rule_idxs_B=np.array(rule_idxs, np.int32),
+        rules=tuple(rules.values()),
+        logits_rows_R=np.array(logits_rows, np.int32),
+    )
