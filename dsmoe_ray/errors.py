@@ -44,10 +44,6 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or does not fit the run."""
 
 
-class RequestError(UserError):
-    """A request to the engine that cannot be served; the others are not touched."""
-
-
 class EngineFullError(DsmoeError):
     """The waiting queue is full; the same request may be taken later."""
 

@@ -78,7 +78,8 @@ class Scheduler:
         if len(sequences) > allowed:
             raise RequestError(
                 f"a request for {len(sequences)} samples was found; at most {allowed} can wait. Lower n, or raise "
-                "max_waiting of the engine."
+                "max_waiting of the engine.",
+                param="n",
             )
         if len(self._waiting) + len(sequences) > allowed:
             raise EngineFullError(
@@ -274,5 +275,6 @@ class Scheduler:
             raise RequestError(
                 f"a prompt of {sequence.num_prompt_tokens} tokens with {sequence.max_total_tokens} in all was found; "
                 f"the KV cache of {self._pool.num_blocks} blocks of {self._block_size} positions holds at most {most}. "
-                "Lower max_tokens, shorten the prompt, or raise kv_cache_bytes of the engine."
+                "Lower max_tokens, shorten the prompt, or raise kv_cache_bytes of the engine.",
+                param="max_tokens",
             )
