@@ -49,7 +49,8 @@ def build_batch(step: ScheduledStep) -> ForwardBatch:
     """Return what a runner needs for a step that has chunks."""
     chunks = step.chunks
     tokens: list[int] = []
-    starts, positions, rule_idxs, logits_rows = [0], [], [], []
+    logits_rows: list[int] = []
+    starts, positions, rule_idxs = [0], [], []
     rules: dict[bytes, tuple[LayerRouting, ...]] = {}
     idx_of_rules: dict[bytes, int] = {}
     block_tables = np.zeros((len(chunks), max(len(chunk.sequence.block_table) for chunk in chunks)), np.int32)

@@ -117,9 +117,8 @@ class Scheduler:
         """Note that a step was computed."""
         self._end(step)
         for sequence, start, num_tokens, _ in step.chunks:
-            if not sequence.is_finished:
-                sequence.num_computed = start + num_tokens
-                sequence.num_logits_done = max(sequence.num_logits_done, sequence.num_computed)
+            sequence.num_computed = start + num_tokens
+            sequence.num_logits_done = max(sequence.num_logits_done, sequence.num_computed)
 
     def abort(self, step: ScheduledStep) -> None:
         """Note that a step failed: nothing of it counts, and its sequences will be scheduled again."""
@@ -261,20 +260,19 @@ class Scheduler:
 
     def _num_blocks_to_come(self, sequence: SequenceState) -> int:
         """Return how many blocks a running sequence wants soon: for all its tokens and one block more."""
-        soon = min(len(sequence.token_ids) + self._block_size, sequence.max_total_tokens - 1)
+        soon = min(len(sequence.token_ids) + self._block_size, sequence.max_positions)
         return self._blocks_for(soon) - len(sequence.block_table)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
 
     def _check_fits(self, sequence: SequenceState) -> None:
-        # The last token is only given out, never computed.
-        num_needed = self._blocks_for(sequence.max_total_tokens - 1)
-        if num_needed > self._pool.num_blocks:
-            most = self._pool.num_blocks * self._block_size + 1
+        most = self._pool.num_blocks * self._block_size
+        if sequence.max_positions > most:
             raise RequestError(
-                f"a prompt of {sequence.num_prompt_tokens} tokens with {sequence.max_total_tokens} in all was found; "
-                f"the KV cache of {self._pool.num_blocks} blocks of {self._block_size} positions holds at most {most}. "
-                "Lower max_tokens, shorten the prompt, or raise kv_cache_bytes of the engine.",
+                f"a prompt of {sequence.num_prompt_tokens} tokens with {sequence.max_total_tokens} tokens in all needs "
+                f"keys and values of {sequence.max_positions} positions; the KV cache holds {most}, in "
+                f"{self._pool.num_blocks} blocks of {self._block_size}. Lower max_tokens, shorten the prompt, or raise "
+                "kv_cache_bytes of the engine.",
                 param="max_tokens",
             )

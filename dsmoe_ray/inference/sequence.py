@@ -61,12 +61,12 @@ class SequenceState:
         Args:
             sequence_id: What tells it apart from all others in the engine.
             prompt_ids: At least one token.
-            max_total_tokens: Most tokens it can have, prompt included; more than the prompt's.
+            max_total_tokens: Most tokens it can have, prompt included; the prompt's own if nothing is generated.
             rules: Routing rules, one entry a layer.
             rules_key: ``compute_rules_key(rules)`` if the caller has it.
             wants_prompt_logits: Logits after every token of the prompt are wanted, not only after the last.
         """
-        assert 1 <= len(prompt_ids) < max_total_tokens
+        assert 1 <= len(prompt_ids) <= max_total_tokens
         self.sequence_id = sequence_id
         self.token_ids = list(prompt_ids)
         self.num_prompt_tokens = len(prompt_ids)
@@ -81,6 +81,11 @@ class SequenceState:
         self.num_prefix_hit_tokens = 0
         self.num_preemptions = 0
         self._block_keys: list[bytes] = []
+
+    @property
+    def max_positions(self) -> int:
+        """Return how many of its tokens can ever be computed: not the last, unless it is the prompt's."""
+        return max(self.max_total_tokens - 1, self.num_prompt_tokens)
 
     @property
     def num_uncomputed(self) -> int:

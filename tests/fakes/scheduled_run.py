@@ -94,7 +94,7 @@ class ScheduledRun:
             assert beginning == self.runner.beginning_of(sequence.rules, tokens[: position + 1])
             self.logits_seen[sequence.sequence_id].append(position)
         if chunk.samples and not sequence.is_finished:
-            if len(tokens) + 1 == self.stop_at[sequence.sequence_id]:
+            if len(tokens) + 1 >= self.stop_at[sequence.sequence_id]:
                 self.scheduler.finish(sequence)
                 self._check_logits(sequence)
             else:

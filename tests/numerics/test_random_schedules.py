@@ -41,7 +41,7 @@ class RandomSchedules(RuleBasedStateMachine):
     @rule(
         prompt=PROMPTS,
         n=st.integers(1, 3),
-        max_tokens=st.integers(1, 12),
+        max_tokens=st.integers(0, 12),
         stop_after=st.integers(1, 12),
         rules=st.sampled_from([DENSE, DENSE, SPARSE]),
         echo=st.booleans(),
@@ -54,7 +54,7 @@ class RandomSchedules(RuleBasedStateMachine):
         except EngineFullError:
             assert num_waiting + n > 6
         except RequestError:
-            assert len(prompt) + max_tokens - 1 > self.run.num_blocks * self.run.config.block_size
+            assert len(prompt) + max(max_tokens - 1, 0) > self.run.num_blocks * self.run.config.block_size
 
     @rule(data=st.data())
     def cancel(self, data):

@@ -212,11 +212,20 @@ def test_a_request_that_can_never_fit_is_refused_with_what_fits():
     run = ScheduledRun(num_blocks=4)
     run.add(tokens(10), max_tokens=7)
     with pytest.raises(
-        RequestError, match=r"prompt of 10 tokens with 18 in all .* at most 17\. Lower max_tokens"
+        RequestError, match=r"of 10 tokens with 18 .* 17 positions; .* holds 16, in 4 blocks of 4\. Lower max_tokens"
     ) as info:
         run.add(tokens(10), max_tokens=8)
     assert info.value.param == "max_tokens"
     run.drain()
+
+
+def test_a_prompt_of_which_only_the_logits_are_wanted_may_fill_the_whole_cache():
+    run = ScheduledRun(num_blocks=4)
+    echo = run.add(tokens(16), max_tokens=0, wants_prompt_logits=True)
+    run.drain()
+    assert run.logits_seen[0] == list(range(16)) and echo.token_ids == tokens(16)
+    with pytest.raises(RequestError, match="needs keys and values of 17 positions"):
+        run.add(tokens(17), max_tokens=0)
 
 
 def test_a_full_queue_refuses_all_samples_of_a_request_and_takes_them_later():
