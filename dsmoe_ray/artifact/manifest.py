@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter, ValidationError
 
+from dsmoe_ray.artifact.calibration_record import CalibrationRecord
 from dsmoe_ray.artifact.layout import count_stored, stored_shapes
 from dsmoe_ray.config_io import Config, config_digest, parse_config
-from dsmoe_ray.durable import from_sealed_json
+from dsmoe_ray.durable import from_sealed_json, to_sealed_json
 from dsmoe_ray.errors import ArtifactError, ConfigError
 from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig
 
@@ -68,6 +69,13 @@ class ArtifactManifest(Config):
     side_files: dict[str, SideFile]
     weight_files: Annotated[dict[str, WeightsDigest], Field(min_length=1)]
     tensors: Annotated[dict[str, TensorDigest], Field(min_length=1)]
+    calibration: CalibrationRecord | None = None
+    """How the deployed routing of the FFN was chosen, if it was by calibration."""
+
+    def to_bytes(self) -> bytes:
+        """Return the content of the file, sealed; a manifest without calibration does not name it."""
+        absent = {"calibration"} if self.calibration is None else set()
+        return to_sealed_json(self.model_dump(mode="json", exclude=absent))
 
 
 class _Index(Config):

@@ -34,7 +34,6 @@ from dsmoe_ray.durable import (
     delete_directory,
     recover_directory,
     sync_file,
-    to_sealed_json,
     write_durably,
 )
 from dsmoe_ray.errors import ArtifactError
@@ -91,7 +90,7 @@ def save_artifact(
         generation |= generation_config or {}
         side_files = _write_side_files(staging, config, tokenizer_json, generation, chat_template, writer)
         manifest = _describe(config, side_files, writer, provenance)
-        write_durably(staging / MANIFEST, to_sealed_json(manifest.model_dump(mode="json")))
+        write_durably(staging / MANIFEST, manifest.to_bytes())
         commit_directory(staging, directory)
     finally:
         delete_directory(staging)
@@ -193,10 +192,10 @@ def _write_side_files(
     weight_map = dict(sorted(writer.weight_map.items()))
     index = {"metadata": {"total_size": writer.total_bytes}, "weight_map": weight_map}
     contents = {
-        CONFIG: _to_json(config.model_dump(mode="json")),
+        CONFIG: to_json_file(config.model_dump(mode="json")),
         TOKENIZER: tokenizer_json.encode(),
-        GENERATION: _to_json(generation),
-        INDEX: _to_json(index),
+        GENERATION: to_json_file(generation),
+        INDEX: to_json_file(index),
     }
     if chat_template is not None:
         contents[CHAT_TEMPLATE] = chat_template.encode()
@@ -217,5 +216,6 @@ def _describe(
     )
 
 
-def _to_json(fields: Mapping[str, Any]) -> bytes:
+def to_json_file(fields: Mapping[str, Any]) -> bytes:
+    """Return plain values as the content of a side file."""
     return (json.dumps(fields, indent=1) + "\n").encode()

@@ -237,6 +237,19 @@ class ModelConfig(Config):
                 mixture.router.inference.check_against(mixture.num_experts, num_layers=self.num_layers)
         return self
 
+    def with_ffn_routing(self, rule: RoutingConfig) -> Self:
+        """Return the same model with another deployed routing of its FFN mixture.
+
+        Raises:
+            ValueError: there is no such mixture, or the rule is impossible in it.
+        """
+        if not isinstance(self.ffn, MoeConfig):
+            raise ValueError("this model has one dense FFN, no experts to choose from")
+        router = self.ffn.router.model_copy(update={"inference": rule})
+        derived = self.model_copy(update={"ffn": self.ffn.model_copy(update={"router": router})})
+        # A copy is not validated.
+        return type(self).model_validate(derived.model_dump())
+
     def dense_twin(self) -> "ModelConfig":
         """Return the dense transformer of equal shape: one FFN of the experts' total width, plain attention."""
         attention: GqaConfig | MoaConfig = self.attention
