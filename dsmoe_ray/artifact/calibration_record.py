@@ -17,8 +17,6 @@ class FrontierPoint(Config):
     and layers.
     """
 
-    kind: Literal["dense", "deployed", "top_k", "per_layer_top_k", "threshold"]
-    """``deployed`` is what the artifact ran with before."""
     routing: str
     """As ``RoutingConfig.parse`` reads it."""
     active_ffn_ratio: Share
@@ -46,6 +44,7 @@ class CalibrationRecord(Config):
     method: CalibrationMethod
     routing: str
     """The choice: the deployed routing of the FFN from then on."""
+    deployed_before: str
     data: str
     """As it was named; ``data_sha256`` tells whether it is the same text."""
     data_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -56,5 +55,6 @@ class CalibrationRecord(Config):
     created_unix_s: NonNegativeFloat
     duration_s: PositiveFloat
     frontier: list[FrontierPoint]
+    """By the share on the half that chose nothing, the largest first."""
     profile: LayerProfile | None
     """None if no table of layers was asked for."""

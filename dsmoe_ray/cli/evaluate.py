@@ -11,9 +11,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsmoe_ray.artifact.load import load_artifact
+from dsmoe_ray.artifact.load import Artifact, load_artifact
 from dsmoe_ray.cli.validate import LOG_WIDTH
 from dsmoe_ray.data.packing import open_or_tokenize
+from dsmoe_ray.data.token_shards import TokenShards
 from dsmoe_ray.data.tokenizer import parse_tokenizer
 from dsmoe_ray.errors import UserError
 from dsmoe_ray.evaluation.quality import ProgressCallback, measure_quality, plan_windows
@@ -51,11 +52,8 @@ def command(
     published = load_artifact(artifact)
     config = published.model_config
     settings = {name_routing(spec, config): resolve_routing(spec, config) for spec in routing or ("dense", DEPLOYED)}
-    seq_len = _check_seq_len(seq_len, config.max_seq_len)
-    tokenizer = parse_tokenizer(
-        published.tokenizer_json, source=f"the tokenizer of {artifact}", vocab_size=config.vocab_size
-    )
-    shards = open_or_tokenize(data, tokenizer=tokenizer, vocab_size=config.vocab_size, include=include, field=field)
+    seq_len = check_seq_len(seq_len, config.max_seq_len)
+    shards = open_text(published, data, include=include, field=field)
     windows = plan_windows(shards, seq_len=seq_len, max_tokens=max_tokens)
     model = load_model(published)
     with _progress_bar() as on_progress:
@@ -66,7 +64,24 @@ def command(
         Console(width=None if sys.stdout.isatty() else LOG_WIDTH).print(to_table(report))
 
 
-def _check_seq_len(seq_len: int | None, max_seq_len: int) -> int:
+def open_text(published: Artifact, data: str, *, include: str, field: str) -> TokenShards:
+    """Return the tokens of a text, by the tokenizer of the artifact.
+
+    Raises:
+        UserError: there is no such text, or it was prepared with another tokenizer.
+    """
+    vocab_size = published.model_config.vocab_size
+    source = f"the tokenizer of {published.directory}"
+    tokenizer = parse_tokenizer(published.tokenizer_json, source=source, vocab_size=vocab_size)
+    return open_or_tokenize(data, tokenizer=tokenizer, vocab_size=vocab_size, include=include, field=field)
+
+
+def check_seq_len(seq_len: int | None, max_seq_len: int) -> int:
+    """Return the length of the windows: what was asked for, or the longest.
+
+    Raises:
+        UserError: the model takes no such sequences.
+    """
     if seq_len is None:
         return max_seq_len
     if not 1 <= seq_len <= max_seq_len:

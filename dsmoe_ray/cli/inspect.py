@@ -15,7 +15,7 @@ from dsmoe_ray import clock
 from dsmoe_ray.artifact.manifest import ArtifactManifest, read_manifest, read_model_config
 from dsmoe_ray.cli.validate import LOG_WIDTH, format_bytes, format_count
 from dsmoe_ray.model.accounting import count_parameters
-from dsmoe_ray.model.config import ModelConfig
+from dsmoe_ray.model.config import ModelConfig, RoutingConfig
 
 PARTS = ("embedding", "head", "attention", "ffn", "routers", "norms", "non_embedding", "total")
 
@@ -48,6 +48,7 @@ def describe(directory: Path, manifest: ArtifactManifest, config: ModelConfig) -
         "model": config.model_dump(mode="json"),
         "parameters": {name: getattr(counts, name) for name in PARTS},
         "routing": manifest.routing,
+        "calibration": None if manifest.calibration is None else manifest.calibration.model_dump(mode="json"),
         "provenance": manifest.provenance,
         "num_tensors": len(manifest.tensors),
         "dtypes": dict(Counter(tensor.dtype for tensor in manifest.tensors.values())),
@@ -73,7 +74,9 @@ def _print(description: dict[str, Any], console: Console) -> None:
     head = f"{description['directory']}: {model['num_layers']} layers, d_model {model['d_model']}, "
     head += f"vocabulary {model['vocab_size']}, up to {model['max_seq_len']} tokens"
     console.print(Text(head, style="bold"))
-    tables = [_parts(model), _parameters(description), _provenance(description), _files(description)]
+    tables = [_parts(model), _parameters(description), _provenance(description)]
+    tables += [] if description["calibration"] is None else [_calibration(description["calibration"])]
+    tables.append(_files(description))
     console.print(Group(*(part for table in tables for part in ("", table))))
     verified = description["verified"]
     if verified is None:
@@ -91,10 +94,9 @@ def _parts(model: dict[str, Any]) -> Table:
         shape = {key: value for key, value in settings.items() if key not in ("kind", "router")}
         cells = (settings["kind"], _to_text(shape), "", "")
         if router is not None:
-            inference = router["inference"]
             kept = {key: value for key, value in router.items() if key not in ("inference",) and value is not None}
-            chosen = {key: value for key, value in inference.items() if value is not None}
-            cells = (settings["kind"], _to_text(shape), _to_text(kept), _to_text(chosen))
+            inference = RoutingConfig.model_validate(router["inference"]).to_spec()
+            cells = (settings["kind"], _to_text(shape), _to_text(kept), inference)
         table.add_row(name, *map(Text, cells))
     return table
 
@@ -110,6 +112,18 @@ def _provenance(description: dict[str, Any]) -> Table:
     table = _new_table("provenance", "")
     for name, value in description["provenance"].items():
         table.add_row(Text(name), Text(str(value)))
+    return table
+
+
+def _calibration(calibration: dict[str, Any]) -> Table:
+    num_tokens = calibration["num_held_out_tokens"]
+    title = f"calibration for a budget of {calibration['budget']:g} on {calibration['data']}"
+    table = _new_table("routing of the FFN", "active FFN", f"loss on {num_tokens:,} tokens", right=True)
+    table.title, table.title_justify = Text(title), "left"
+    for point in calibration["frontier"]:
+        is_chosen = point["routing"] == calibration["routing"]
+        cells = (f"{point['active_ffn_ratio']:.1%}", f"{point['loss']:.4f}")
+        table.add_row(Text(point["routing"]), *cells, style="bold" if is_chosen else None)
     return table
 
 

@@ -22,6 +22,7 @@ from dsmoe_ray.errors import DsmoeError, UserError
 COMMANDS = {
     "train": "Train a model densely on Ray actors.",
     "evaluate": "Measure loss, perplexity and active parameters of an artifact.",
+    "calibrate": "Find the routing that loses least within a compute budget, and deploy it.",
     "generate": "Continue a prompt with an artifact, streamed.",
     "export": "Write an artifact as a Hugging Face model.",
     "import": "Read a Hugging Face model into an artifact.",

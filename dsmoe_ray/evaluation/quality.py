@@ -7,7 +7,7 @@ Shape suffixes: B sequences, S positions, E experts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -118,9 +118,8 @@ def measure_quality(
     """Evaluate a model under each of the named routing settings."""
     tallies = {name: _Tally() for name in settings}
     done, total = 0, windows.num_batches * len(settings)
-    for start in range(0, len(windows.indices), windows.batch_sequences):
-        batch = _read(shards, windows, start, model.embedding.weight.device)
-        if start == 0:
+    for batch in read_batches(shards, windows, model.embedding.weight.device):
+        if done == 0:
             # The first pass pays for reading weights from disk; no setting shall.
             _run(model, batch, next(iter(settings.values())), _Tally(), is_full=True)
         for name, rules in settings.items():
@@ -135,6 +134,14 @@ def measure_quality(
         parameters=count_parameters(model.config),
         settings=[tally.summarize(name, model.config) for name, tally in tallies.items()],
     )
+
+
+def read_batches(shards: TokenShards, windows: Windows, device: torch.device) -> Iterator[torch.Tensor]:
+    """Read the windows batch by batch, each with the token after its last position, ``(B, S + 1)``."""
+    for start in range(0, len(windows.indices), windows.batch_sequences):
+        indices = windows.indices[start : start + windows.batch_sequences]
+        samples = [torch.from_numpy(shards.read_sample(index, windows.seq_len).tokens) for index in indices]
+        yield torch.stack(samples).to(device)
 
 
 @dataclass
@@ -162,13 +169,6 @@ class _Tally:
             distinct_ffn_experts=[distinct / len(self.distinct_ffn) for distinct in _sum_batches(self.distinct_ffn)],
             active=count_parameters(config, kept=kept),
         )
-
-
-def _read(shards: TokenShards, windows: Windows, start: int, device: torch.device) -> torch.Tensor:
-    """Return one batch with the token after its last position, ``(B, S + 1)``."""
-    indices = windows.indices[start : start + windows.batch_sequences]
-    samples = [torch.from_numpy(shards.read_sample(index, windows.seq_len).tokens) for index in indices]
-    return torch.stack(samples).to(device)
 
 
 def _run(

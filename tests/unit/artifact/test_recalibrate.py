@@ -19,6 +19,7 @@ RECORD = CalibrationRecord.model_validate(
         "budget": 0.3,
         "method": "auto",
         "routing": TABLE.to_spec(),
+        "deployed_before": "top_k=3",
         "data": "text",
         "data_sha256": "0" * 64,
         "seq_len": 4,
@@ -28,7 +29,6 @@ RECORD = CalibrationRecord.model_validate(
         "duration_s": 2.0,
         "frontier": [
             {
-                "kind": "per_layer_top_k",
                 "routing": TABLE.to_spec(),
                 "active_ffn_ratio": 7 / 24,
                 "loss": 1.25,
