@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from dsmoe_ray.artifact.load import load_artifact
-from dsmoe_ray.data.tokenizer import parse_tokenizer
-from dsmoe_ray.inference.engine import Engine
-from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.config import EngineConfig
+from dsmoe_ray.inference.generation import Generator
+from dsmoe_ray.inference.loading import load_engine
 from dsmoe_ray.inference.routing import DEPLOYED, ROUTING_HELP, resolve_routing
 from dsmoe_ray.inference.sampling_config import SamplingConfig
 
@@ -23,18 +23,18 @@ def command(
     ] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Sample from this many most likely tokens only.")] = None,
     top_p: Annotated[float, typer.Option(help="Sample from the most likely tokens with this share together.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given many times.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Continue a prompt; the text goes to standard output as it is written, its speed to standard error."""
     sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     published = load_artifact(artifact)
-    config = published.model_config
-    rules = resolve_routing(routing, config)
-    tokenizer = parse_tokenizer(
-        published.tokenizer_json, source=f"the tokenizer of {artifact}", vocab_size=config.vocab_size
-    )
-    engine = Engine(load_model(published), tokenizer)
-    generation = engine.generate(prompt, max_tokens=max_tokens, routing=rules, sampling=sampling)
+    rules = resolve_routing(routing, published.model_config)
+    # One text at a time: room for the model's longest sequence is enough.
+    generator = Generator(load_engine(published, EngineConfig(max_num_seqs=1)))
+    generation = generator.generate(prompt, max_tokens=max_tokens, routing=rules, sampling=sampling, stop=stop or ())
     piece = ""
     for piece in generation:
         # echo flushes, so that each piece is seen at once also through a pipe.

@@ -1,147 +1,189 @@
-"""Generate text for one request at a time: prefill the prompt, then decode token by token with a KV cache.
+"""The inference engine: requests in, tokens out, many sequences at once. Start at ``Engine.step``.
 
-Start at ``Engine.generate_tokens``. Knows no process, Ray or network.
+One step is: the scheduler chooses tokens, the runner computes them, every sequence whose last token was among them gets
+its next one. Requests join and leave between any two steps. Knows no process, thread, Ray or network; not for more than
+one thread.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
-from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.data.tokenizer import TextTokenizer
-from dsmoe_ray.errors import DsmoeError, UserError
-from dsmoe_ray.inference.detokenizer import StreamingDetokenizer
-from dsmoe_ray.inference.kv_cache import ContiguousKvCache
+from dsmoe_ray.errors import DsmoeError, RequestError
+from dsmoe_ray.inference.batch import build_batch
+from dsmoe_ray.inference.config import EngineConfig
+from dsmoe_ray.inference.outputs import EngineStatus, SequenceOutput
 from dsmoe_ray.inference.requests import GenerationRequest
+from dsmoe_ray.inference.runner import ModelRunner
+from dsmoe_ray.inference.running_sequence import RunningSequence
 from dsmoe_ray.inference.sampling import RowSampling, sample_batch
-from dsmoe_ray.inference.sampling_config import GREEDY, SamplingConfig
-from dsmoe_ray.inference.token_counts import TokenCounts
-from dsmoe_ray.model.transformer import LayerRouting, Transformer, deployed_routing
+from dsmoe_ray.inference.scheduler import Scheduler
+from dsmoe_ray.inference.sequence import Chunk, ScheduledStep, SequenceState, compute_rules_key
+from dsmoe_ray.model.transformer import LayerRouting, deployed_routing
 
 
 class Engine:
-    """A model and its tokenizer, ready to answer prompts."""
+    """A model that answers requests, and its tokenizer."""
 
-    def __init__(self, model: Transformer, tokenizer: TextTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, runner: ModelRunner, tokenizer: TextTokenizer, config: EngineConfig) -> None:
+        self.tokenizer, self.config = tokenizer, config
+        self.model_config = runner.config
+        self._runner = runner
+        self._scheduler = Scheduler(config, num_blocks=runner.num_blocks)
+        self._sequences: dict[Hashable, RunningSequence] = {}
+        """By sequence id, which is (request id, sequence index)."""
+        self._deployed = tuple(deployed_routing(runner.config))
+        self._deployed_key = compute_rules_key(self._deployed)
+        self._num_steps = self._num_computed_tokens = self._num_generated_tokens = 0
 
-    def generate(
-        self,
-        prompt: str,
-        *,
-        max_tokens: int,
-        routing: Sequence[LayerRouting] | None = None,
-        sampling: SamplingConfig = GREEDY,
-    ) -> "Generation":
-        """Continue a prompt; the text is computed while it is read from the result.
-
-        It ends with the model's end-of-text token, after ``max_tokens`` tokens, or at the model's longest sequence.
-
-        Args:
-            prompt: Text to continue.
-            max_tokens: Most tokens to generate.
-            routing: Rules of each layer, see ``inference/routing.py``; by default the artifact's.
-            sampling: How tokens are chosen; by default the most likely one.
+    def add(self, request_id: Hashable, request: GenerationRequest) -> None:
+        """Take on a request; its sequences start when there is room.
 
         Raises:
-            UserError: the prompt is empty, too long or no text, or ``max_tokens`` is not positive.
+            RequestError: this model or this engine cannot serve it, or there is a request with this id.
+            EngineFullError: too many wait already.
         """
-        prompt_ids = self._encode(prompt)
-        tokens = self.generate_tokens(prompt_ids, max_tokens=max_tokens, routing=routing, sampling=sampling)
-        detokenizer = StreamingDetokenizer(self.tokenizer.decode, prompt_ids=prompt_ids)
-        return Generation(tokens, detokenizer, num_prompt_tokens=len(prompt_ids))
+        request.check_against(self.model_config)
+        if (request_id, 0) in self._sequences:
+            raise RequestError(f"a request {request_id!r} is running already. Give this one another id.", param="id")
+        sequences = [self._make_sequence(request_id, idx, request) for idx in range(request.n)]
+        if sequences[0].has_ended:
+            raise RequestError(
+                "the tokens generated so far hold a stop string or a token that ends the text: nothing is left to "
+                "generate. Take what there is.",
+                param="generated_ids",
+            )
+        self._scheduler.add(*(sequence.state for sequence in sequences))
+        self._sequences |= {sequence.state.sequence_id: sequence for sequence in sequences}
 
-    def generate_tokens(
-        self,
-        prompt_ids: Sequence[int],
-        *,
-        max_tokens: int,
-        routing: Sequence[LayerRouting] | None = None,
-        sampling: SamplingConfig = GREEDY,
-    ) -> Iterator[int]:
-        """Do as ``generate`` with token ids; the end-of-text token ends the sequence and is not part of it.
-
-        A sequence continued from prompt plus tokens so far, with the same sampling, goes on with the same tokens.
-        """
-        request = GenerationRequest(prompt_ids=prompt_ids, max_tokens=max_tokens, routing=routing, sampling=sampling)
-        request.check_against(self.model.config)
-        return self._run(request)
-
-    def _run(self, request: GenerationRequest) -> Iterator[int]:
-        model, sampling, new_ids = self.model, request.sampling, request.prompt_ids
-        rules = deployed_routing(model.config) if request.routing is None else request.routing
-        stop = request.compute_max_len(model.config)
-        cache = ContiguousKvCache(model.config, max_len=stop, dtype=model.compute_dtype, device=self._device)
-        token_counts = TokenCounts(new_ids) if sampling.has_penalties else None
-        for position in range(len(request.prompt_ids), stop):
-            row = RowSampling(sampling, request.seed_of(0), position, token_counts)
-            logits_V = self._forward(new_ids, rules, cache).to("cpu", torch.float32)
-            (sampled,) = sample_batch(logits_V[None], [row])
-            if isinstance(sampled, DsmoeError):
-                raise sampled
-            if sampled.token_id == self.tokenizer.end_of_text_id:
-                return
-            yield sampled.token_id
-            if token_counts is not None:
-                token_counts.push(sampled.token_id)
-            new_ids = [sampled.token_id]
-
-    @torch.inference_mode()
-    def _forward(self, new_ids: Sequence[int], rules: Sequence[LayerRouting], cache: ContiguousKvCache) -> torch.Tensor:
-        """Run the new tokens and return the logits after the last one, ``(V,)``."""
-        tokens_BS = torch.tensor([new_ids], device=self._device)
-        output = self.model(tokens_BS, routing=rules, cache=cache, last_logits_only=True)
-        return output.logits_BSV[0, -1]
+    def cancel(self, request_id: Hashable) -> bool:
+        """Let a request go: it is in no later step and has no more output. Return False if there is none."""
+        ids = [sequence_id for sequence_id in self._sequences if sequence_id[0] == request_id]  # type: ignore[index]
+        for sequence_id in ids:
+            self._scheduler.cancel(sequence_id)
+            del self._sequences[sequence_id]
+        return bool(ids)
 
     @property
-    def _device(self) -> torch.device:
-        return self.model.embedding.weight.device
+    def has_work(self) -> bool:
+        """Return whether a step would compute anything."""
+        return bool(self._sequences)
 
-    def _encode(self, prompt: str) -> list[int]:
+    def step(self) -> list[SequenceOutput]:
+        """Compute one step; return what it added to each sequence that it added to.
+
+        Raises:
+            Exception: whatever the runner raises. Nothing of the step counts then; the next call tries it again.
+        """
+        step = self._scheduler.schedule()
+        if not step.chunks:
+            return []
         try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the prompt is not valid Unicode text: {error}. Give it in UTF-8.") from error
-        return [int(token) for token in self.tokenizer.encode(prompt)]
-
-
-class Generation:
-    """A text that is written while it is read: iterate over it once for its pieces."""
-
-    def __init__(self, tokens: Iterator[int], detokenizer: StreamingDetokenizer, *, num_prompt_tokens: int) -> None:
-        self.num_prompt_tokens = num_prompt_tokens
-        self.num_tokens = 0
-        """Tokens generated so far."""
-        self.prefill_s = 0.0
-        """Time until the first token was there, without the reader's own."""
-        self.decode_s = 0.0
-        """Time for all further tokens."""
-        self._tokens = tokens
-        self._detokenizer = detokenizer
-
-    def __iter__(self) -> Iterator[str]:
-        """Yield pieces of text, each of whole characters, as soon as they are certain."""
-        while (token := self._next_token()) is not None:
-            piece = self._detokenizer.push(token)
-            if piece:
-                yield piece
-        rest = self._detokenizer.finish()
-        if rest:
-            yield rest
+            logits_RV = self._runner.run(build_batch(step))
+        except BaseException:
+            self._scheduler.abort(step)
+            raise
+        self._scheduler.complete(step)
+        self._num_steps += 1
+        self._num_computed_tokens += step.num_tokens
+        return self._advance(step, logits_RV)
 
     @property
-    def tokens_per_s(self) -> float:
-        """Return the speed of decoding; 0 before there are two tokens."""
-        return (self.num_tokens - 1) / self.decode_s if self.decode_s > 0 and self.num_tokens > 1 else 0.0
+    def status(self) -> EngineStatus:
+        """Return how busy the engine is and what it has done."""
+        scheduler = self._scheduler
+        return EngineStatus(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks=self._runner.num_blocks,
+            num_free_blocks=scheduler.num_free_blocks,
+            num_cached_blocks=scheduler.num_cached_blocks,
+            kv_cache_bytes=self._runner.kv_cache_bytes,
+            num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
+            num_prefix_hit_tokens=scheduler.num_prefix_hit_tokens,
+            num_preemptions=scheduler.num_preemptions,
+            num_generated_tokens=self._num_generated_tokens,
+        )
 
-    def _next_token(self) -> int | None:
-        start_s = monotonic_s()
-        token = next(self._tokens, None)
-        elapsed_s = monotonic_s() - start_s
-        if self.num_tokens == 0:
-            self.prefill_s = elapsed_s
-        else:
-            self.decode_s += elapsed_s
-        if token is not None:
-            self.num_tokens += 1
-        return token
+    def _make_sequence(self, request_id: Hashable, idx: int, request: GenerationRequest) -> RunningSequence:
+        rules: Sequence[LayerRouting] = self._deployed if request.routing is None else request.routing
+        tokens = (*request.prompt_ids, *request.generated_ids)
+        max_len = request.compute_max_len(self.model_config)
+        state = SequenceState(
+            (request_id, idx),
+            tokens,
+            # A prompt that is only scored counts as if a token came after it.
+            max_total_tokens=max(max_len, len(tokens) + 1),
+            rules=rules,
+            rules_key=self._deployed_key if request.routing is None else None,
+            wants_prompt_logits=request.prompt_logprobs is not None,
+        )
+        return RunningSequence(
+            request_id,
+            idx,
+            request,
+            state,
+            decode=self.tokenizer.decode,
+            end_of_text_id=self.tokenizer.end_of_text_id,
+            max_len=max_len,
+        )
+
+    def _advance(self, step: ScheduledStep, logits_RV: torch.Tensor) -> list[SequenceOutput]:
+        """Give every sequence of the step what its logits say."""
+        outputs: list[SequenceOutput] = []
+        sampling: list[tuple[RunningSequence, RowSampling]] = []
+        sampled_rows: list[int] = []
+        row = 0
+        for chunk in step.chunks:
+            sequence = self._sequences[chunk.sequence.sequence_id]
+            row += chunk.num_logits
+            if chunk.sequence.wants_prompt_logits and not self._score_prompt(sequence, chunk, logits_RV, row, outputs):
+                continue
+            if not chunk.samples:
+                continue
+            if not sequence.wants_tokens:
+                outputs.append(self._end(sequence, sequence.end_after_prompt()))
+                continue
+            sampling.append((sequence, sequence.row()))
+            sampled_rows.append(row - 1)
+        if sampling:
+            wanted_RV = logits_RV if len(sampled_rows) == len(logits_RV) else logits_RV[sampled_rows]
+            tokens = sample_batch(wanted_RV, [sampling_row for _, sampling_row in sampling])
+            outputs += [self._take(sequence, token) for (sequence, _), token in zip(sampling, tokens, strict=True)]
+        return outputs
+
+    def _score_prompt(
+        self,
+        sequence: RunningSequence,
+        chunk: Chunk,
+        logits_RV: torch.Tensor,
+        end_row: int,
+        outputs: list[SequenceOutput],
+    ) -> bool:
+        """Give a sequence its prompt's log probabilities; return False if that ended it."""
+        if not chunk.num_logits:
+            return True
+        first_position = chunk.start + chunk.num_tokens - chunk.num_logits
+        try:
+            sequence.score_prompt(logits_RV[end_row - chunk.num_logits : end_row], first_position)
+        except DsmoeError as error:
+            outputs.append(self._end(sequence, sequence.fail(error)))
+            return False
+        return True
+
+    def _take(self, sequence: RunningSequence, token: object) -> SequenceOutput:
+        output = sequence.take(token)  # type: ignore[arg-type]
+        if output.token is not None:
+            self._num_generated_tokens += 1
+        if output.finish_reason is not None:
+            return self._end(sequence, output)
+        assert output.token is not None
+        self._scheduler.append_token(sequence.state, output.token.token_id)
+        return output
+
+    def _end(self, sequence: RunningSequence, output: SequenceOutput) -> SequenceOutput:
+        self._scheduler.finish(sequence.state)
+        del self._sequences[sequence.state.sequence_id]
+        return output

@@ -1,37 +1,117 @@
-"""From an artifact to a model that is ready to run."""
+"""From an artifact to a model or an engine that is ready to run."""
+
+import logging
+from typing import Literal
 
 import torch
 
 from dsmoe_ray.artifact.load import Artifact
+from dsmoe_ray.data.tokenizer import parse_tokenizer
+from dsmoe_ray.errors import ConfigError
+from dsmoe_ray.inference.config import EngineConfig
+from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, KernelsUnavailableError
+from dsmoe_ray.inference.cpu_runner import CpuRunner
+from dsmoe_ray.inference.engine import Engine
+from dsmoe_ray.inference.runner import ModelRunner
+from dsmoe_ray.inference.torch_runner import TorchRunner
+from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.rope import compute_rotations
 from dsmoe_ray.model.transformer import Transformer
+
+DtypeName = Literal["auto", "float32", "bfloat16"]
+
+_logger = logging.getLogger(__name__)
 
 # Read in float32 whatever the rest is computed in.
 _FLOAT32_WEIGHTS = ("norm.weight", "router.proj.weight")
 
 
-def load_model(artifact: Artifact, *, device: torch.device | None = None) -> Transformer:
+def load_model(artifact: Artifact, *, device: torch.device | None = None, dtype: DtypeName = "auto") -> Transformer:
     """Return the artifact's model with its verified weights, for inference.
 
-    It computes in float32 on a CPU, where weights stored so are used in place, and in bfloat16 on a GPU.
+    Weights of the wanted type are used where they lie in the mapped files of the artifact.
 
     Args:
         artifact: See ``artifact/load.py``.
         device: By default a GPU if there is one.
+        dtype: What it computes in; ``auto`` takes bfloat16 on a GPU and the type of the stored weights on a CPU.
 
     Raises:
         ArtifactError: a tensor does not match its digest.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    tensors = artifact.load_state_dict()
+    compute_dtype = _choose_dtype(dtype, device, stored=tensors["embedding.weight"].dtype)
     config = artifact.model_config
     with torch.device("meta"):
-        model = Transformer(config, compute_dtype=dtype)
+        model = Transformer(config, compute_dtype=compute_dtype)
     state = {
-        name: tensor.to(device, torch.float32 if name.endswith(_FLOAT32_WEIGHTS) else dtype)
-        for name, tensor in artifact.load_state_dict().items()
+        name: tensor.to(device, torch.float32 if name.endswith(_FLOAT32_WEIGHTS) else compute_dtype)
+        for name, tensor in tensors.items()
     }
     model.load_state_dict(state, assign=True)
     cos, sin = compute_rotations(config.max_seq_len, config.attention.head_dim, config.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)
     return model.eval().requires_grad_(False)
+
+
+def load_engine(
+    artifact: Artifact, config: EngineConfig | None = None, *, device: torch.device | None = None
+) -> Engine:
+    """Return an engine that runs the artifact's model.
+
+    Raises:
+        ArtifactError: a tensor does not match its digest.
+        ConfigError: the configuration does not fit the model or the machine.
+    """
+    config = config or EngineConfig()
+    model = load_model(artifact, device=device, dtype=config.dtype)
+    tokenizer = parse_tokenizer(
+        artifact.tokenizer_json,
+        source=f"the tokenizer of {artifact.directory}",
+        vocab_size=artifact.model_config.vocab_size,
+    )
+    return Engine(build_runner(model, config), tokenizer, config)
+
+
+def build_runner(model: Transformer, config: EngineConfig) -> ModelRunner:
+    """Return the fastest runner for the device that a model is on.
+
+    Raises:
+        ConfigError: the configuration does not fit the model or the machine.
+    """
+    num_blocks = config.compute_num_blocks(
+        bytes_per_block=_count_block_bytes(model.config, config.block_size, model.compute_dtype),
+        max_seq_len=model.config.max_seq_len,
+    )
+    if model.embedding.weight.device.type == "cpu":
+        try:
+            return _build_cpu_runner(model, config, num_blocks)
+        except KernelsUnavailableError as error:
+            _logger.warning("running in PyTorch, which is several times slower: %s", error)
+    return TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size, numerics=config.numerics)
+
+
+def _build_cpu_runner(model: Transformer, config: EngineConfig, num_blocks: int) -> CpuRunner:
+    if config.block_size != BLOCK_SIZE:
+        raise ConfigError(
+            f"block_size={config.block_size}: on a CPU a block has {BLOCK_SIZE} positions. Leave block_size out."
+        )
+    return CpuRunner(
+        model,
+        num_blocks=num_blocks,
+        max_tokens=config.max_batched_tokens,
+        max_seqs=config.max_num_seqs,
+        numerics=config.numerics,
+    )
+
+
+def _choose_dtype(dtype: DtypeName, device: torch.device, *, stored: torch.dtype) -> torch.dtype:
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return stored if device.type == "cpu" else torch.bfloat16
+
+
+def _count_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    attention = config.attention
+    return 2 * config.num_layers * block_size * attention.num_kv_heads * attention.head_dim * dtype.itemsize

@@ -15,8 +15,10 @@ class ModelRunner(Protocol):
     block_size: int
     """Positions in one block of the KV cache."""
     num_blocks: int
-    kv_cache_bytes: int
-    """Memory of all blocks, filled or not."""
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Return the memory of all blocks, filled or not."""
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute one step and return its logits ``(R, V)``, float32 on the CPU.

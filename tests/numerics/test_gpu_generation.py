@@ -6,8 +6,11 @@ import torch
 pytest.importorskip("tokenizers", reason="the engine reads text with tokenizers")
 
 from dsmoe_ray.artifact.load import load_artifact
+from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.engine import Engine
-from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.generation import Generator
+from dsmoe_ray.inference.loading import build_runner, load_model
+from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.routing import resolve_routing
 from tests.fakes.tiny_artifact import make_config, make_tokenizer, write_tiny_artifact
 
@@ -24,9 +27,13 @@ def artifact(tmp_path_factory):
 
 
 def generate(model, routing):
-    engine = Engine(model, make_tokenizer(make_config()))
-    rules = resolve_routing(routing, model.config)
-    return list(engine.generate_tokens(PROMPT, max_tokens=20, routing=rules))
+    config = EngineConfig(max_num_seqs=1, numerics="fast")
+    engine = Engine(build_runner(model, config), make_tokenizer(make_config()), config)
+    request = GenerationRequest(
+        prompt_ids=PROMPT, max_tokens=20, routing=resolve_routing(routing, model.config), ignore_eos=True
+    )
+    [outputs] = Generator(engine).run([request])
+    return [output.token.token_id for output in outputs if output.token is not None]
 
 
 @pytest.mark.parametrize("routing", SETTINGS)

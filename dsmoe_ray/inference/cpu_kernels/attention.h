@@ -75,13 +75,15 @@ struct Query {
   float gate;
 };
 
-// Scores of up to kQueryTile queries against one block of keys.
+// Scores of up to kQueryTile queries against one block of keys; `next` is the block that is read after this one.
 template <typename T>
-inline void score_block(const T* keys, int head_dim, const Query* queries, int count, float* scores, int64_t stride) {
+inline void score_block(const T* keys, const T* next, int head_dim, const Query* queries, int count, float* scores,
+                        int64_t stride) {
   Vec sums[kQueryTile] = {};
   const float* q[kQueryTile];
   for (int i = 0; i < kQueryTile; ++i) q[i] = queries[std::min(i, count - 1)].q;
   for (int c = 0; c < head_dim; ++c) {
+    __builtin_prefetch(next + c * kBlockSize);
     const Vec key = load(keys + c * kBlockSize);
     for (int i = 0; i < kQueryTile; ++i) sums[i] += key * q[i][c];
   }
@@ -105,10 +107,11 @@ inline float exponentiate(float* scores, int64_t length, int64_t padded_length) 
 
 // Adds one block of values, weighted by the probabilities of its positions, for kDimTile vectors of channels.
 template <typename T>
-inline void add_values(const T* values, int padded, int positions, int dims, const float* probs, int64_t stride,
+inline void add_values(const T* values, const T* next, int padded, int positions, int dims, const float* probs, int64_t stride,
                        Vec (*sums)[kDimTile]) {
   for (int p = 0; p < positions; ++p) {
     Vec v[kDimTile];
+    for (int j = 0; j < kDimTile; ++j) __builtin_prefetch(next + p * padded + j * kLanes);
     for (int j = 0; j < kDimTile; ++j) v[j] = keep(load(values + p * padded + std::min(j, dims - 1) * kLanes));
     for (int i = 0; i < kQueryTile; ++i) {
       const Vec prob = splat(probs[i * stride + p]);
@@ -127,9 +130,14 @@ inline void attend_queries(const Model& model, const LayerWeights& layer, const 
   // Unused queries of the tile read zeros.
   scores.assign(size_t(stride) * kQueryTile, 0.0f);
   const int32_t* table = step.block_tables + int64_t(sequence) * step.max_blocks;
-  for (int64_t b = 0; b < blocks; ++b)
-    score_block(static_cast<const T*>(layer.k_cache) + cache_offset(model, table[b], kv_head), model.head_dim, queries,
-                count, scores.data() + b * kBlockSize, stride);
+  auto block_of = [&](const void* cache, int64_t b) {
+    return static_cast<const T*>(cache) + cache_offset(model, table[b], kv_head);
+  };
+  for (int64_t b = 0; b < blocks; ++b) {
+    const T* next = b + 1 < blocks ? block_of(layer.k_cache, b + 1) : block_of(layer.v_cache, 0);
+    score_block(block_of(layer.k_cache, b), next, model.head_dim, queries, count, scores.data() + b * kBlockSize,
+                stride);
+  }
   float totals[kQueryTile];
   for (int i = 0; i < count; ++i) totals[i] = exponentiate(scores.data() + i * stride, queries[i].length, stride);
   const int padded = padded_head_dim(model);
@@ -137,9 +145,10 @@ inline void attend_queries(const Model& model, const LayerWeights& layer, const 
     const int dims = std::min(kDimTile, (padded - first) / kLanes);
     Vec sums[kQueryTile][kDimTile] = {};
     for (int64_t b = 0; b < blocks; ++b) {
-      const T* values = static_cast<const T*>(layer.v_cache) + cache_offset(model, table[b], kv_head) + first;
+      const T* values = block_of(layer.v_cache, b) + first;
+      const T* next = block_of(layer.v_cache, std::min(b + 1, blocks - 1)) + first;
       const int positions = int(std::min<int64_t>(kBlockSize, longest - b * kBlockSize));
-      add_values(values, padded, positions, dims, scores.data() + b * kBlockSize, stride, sums);
+      add_values(values, next, padded, positions, dims, scores.data() + b * kBlockSize, stride, sums);
     }
     for (int i = 0; i < count; ++i) {
       const Query& query = queries[i];

@@ -96,26 +96,35 @@ inline void dot_tile(const Bf16* const* weights, const Bf16* const* inputs, int6
 
 #endif
 
-// Where the pass over weights goes after this one: its rows are fetched, one for each row of this pass.
-template <typename T>
-struct Ahead {
-  const T* rows = nullptr;
-  int64_t stride = 0;
-};
+// Fetches rows of weights before a pass over them gets there; after its last row comes the first of the next pass.
+template <typename T, int V>
+class RowsAhead {
+ public:
+  RowsAhead(const T* rows, int64_t size, const T* next, int64_t stride)
+      : rows_(rows), next_(next), size_(size), stride_(stride) {}
 
-template <typename T>
-inline void prefetch_row(const T* row, int64_t num_columns) {
-  for (int64_t i = 0; i < num_columns; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
-}
+  void fetch_after(int64_t row) const {
+    constexpr int64_t kAhead = 8192 / int64_t(sizeof(T) * V * kLanes);
+    const int64_t wanted = row + kAhead;
+    const T* from = wanted < size_ ? rows_ + wanted * stride_ : next_ + (wanted - size_) * stride_;
+    for (int64_t i = 0; i < V * kLanes; i += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + i, 0, 3);
+  }
+
+ private:
+  const T* rows_;
+  const T* next_;
+  int64_t size_, stride_;
+};
 
 // out[c][0..16 V) = sum over f of hidden[c][f] * weights[f][0..16 V); rows of weights lie `stride` apart.
 template <int C, int V>
 inline void axpy_tile(const float* weights, int64_t stride, const float* const* hidden, int64_t size,
-                      Ahead<float> ahead, float* const* out) {
+                      const float* next, float* const* out) {
+  const RowsAhead<float, V> ahead(weights, size, next, stride);
   Vec sums[C][V] = {};
   for (int64_t f = 0; f < size; ++f) {
     const float* row = weights + f * stride;
-    prefetch_row(ahead.rows + f * ahead.stride, V * kLanes);
+    ahead.fetch_after(f);
     Vec h[C];
     for (int c = 0; c < C; ++c) h[c] = keep(splat(hidden[c][f]));
     for (int v = 0; v < V; ++v) {
@@ -130,10 +139,11 @@ inline void axpy_tile(const float* weights, int64_t stride, const float* const* 
 #ifdef DSMOE_BF16_PAIRS
 
 template <int C, int V>
-inline void axpy_tile(const Bf16* weights, int64_t stride, const Bf16* const* hidden, int64_t size, Ahead<Bf16> ahead,
+inline void axpy_tile(const Bf16* weights, int64_t stride, const Bf16* const* hidden, int64_t size, const Bf16* next,
                       float* const* out) {
   constexpr int kPairs = V / 2;
   // Two rows are interleaved within 128-bit groups: sums hold columns 0-3, 8-11, ... and 4-7, 12-15, ...
+  const RowsAhead<Bf16, V> ahead(weights, size, next, stride);
   __m512 low[C][kPairs], high[C][kPairs];
   for (int c = 0; c < C; ++c)
     for (int v = 0; v < kPairs; ++v) low[c][v] = high[c][v] = _mm512_setzero_ps();
@@ -141,8 +151,8 @@ inline void axpy_tile(const Bf16* weights, int64_t stride, const Bf16* const* hi
     const bool has_second = f + 1 < size;
     const Bf16* row = weights + f * stride;
     const Bf16* second = has_second ? row + stride : row;
-    prefetch_row(ahead.rows + f * ahead.stride, V * kLanes);
-    if (has_second) prefetch_row(ahead.rows + (f + 1) * ahead.stride, V * kLanes);
+    ahead.fetch_after(f);
+    ahead.fetch_after(f + 1);
     __m512bh h[C];
     for (int c = 0; c < C; ++c) {
       uint32_t pair = hidden[c][f].bits;
@@ -172,11 +182,12 @@ inline void axpy_tile(const Bf16* weights, int64_t stride, const Bf16* const* hi
 #else
 
 template <int C, int V>
-inline void axpy_tile(const Bf16* weights, int64_t stride, const Bf16* const* hidden, int64_t size, Ahead<Bf16> ahead,
+inline void axpy_tile(const Bf16* weights, int64_t stride, const Bf16* const* hidden, int64_t size, const Bf16* next,
                       float* const* out) {
+  const RowsAhead<Bf16, V> ahead(weights, size, next, stride);
   Vec sums[C][V] = {};
   for (int64_t f = 0; f < size; ++f) {
-    prefetch_row(ahead.rows + f * ahead.stride, V * kLanes);
+    ahead.fetch_after(f);
     for (int v = 0; v < V; ++v) {
       Vec w = load(weights + f * stride + v * kLanes);
       for (int c = 0; c < C; ++c) sums[c][v] += splat(to_float(hidden[c][f])) * w;
@@ -230,7 +241,7 @@ inline void axpy_edge(const T* weights, int64_t stride, const T* const* hidden, 
   copy.assign(size_t(size) * 64, T{});
   for (int64_t f = 0; f < size; ++f) std::memcpy(copy.data() + f * 64, weights + f * stride, sizeof(T) * width);
   with_token_count(count, [&]<int C>() {
-    axpy_tile<C, 4>(copy.data(), 64, hidden, size, Ahead<T>{copy.data(), 64}, out);
+    axpy_tile<C, 4>(copy.data(), 64, hidden, size, copy.data(), out);
   });
 }
 
@@ -253,16 +264,15 @@ inline void axpy_columns(const T* weights, int64_t num_columns, int64_t begin, i
       const int width = left >= column_tile(count) ? column_tile(count) : left >= 64 ? 64 : int(left);
       const bool is_last = column + width >= end;
       const T* first = is_last ? (c0 + count < num_inputs ? weights + begin : next) : weights + column + width;
-      const Ahead<T> ahead{first, num_columns};
       if (width < 64) {
         axpy_edge(weights + column, num_columns, inputs, size, count, width, out);
       } else if (width == 256) {
-        axpy_tile<1, 16>(weights + column, num_columns, inputs, size, ahead, out);
+        axpy_tile<1, 16>(weights + column, num_columns, inputs, size, first, out);
       } else if (width == 128) {
-        axpy_tile<2, 8>(weights + column, num_columns, inputs, size, ahead, out);
+        axpy_tile<2, 8>(weights + column, num_columns, inputs, size, first, out);
       } else {
         with_token_count(count, [&]<int C>() {
-          axpy_tile<C, 4>(weights + column, num_columns, inputs, size, ahead, out);
+          axpy_tile<C, 4>(weights + column, num_columns, inputs, size, first, out);
         });
       }
       for (int c = 0; c < count; ++c) emit(c0 + c, column, out[c], width);
