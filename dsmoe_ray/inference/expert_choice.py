@@ -18,7 +18,8 @@ from dsmoe_ray.model.config import RoutingConfig, RoutingMode
 from dsmoe_ray.model.dispatch import ExpertAssignment
 
 # What a token that does not have a parameter gets for it: it keeps every expert.
-_EVERY_PROBABILITY, _NO_THRESHOLD, _NO_GROUP = 2.0, -1.0, -1
+_EVERY_PROBABILITY, _NO_THRESHOLD = 2.0, -1.0
+NO_GROUP = -1
 
 
 class RulesShape(NamedTuple):
@@ -47,7 +48,7 @@ class RuleNumbers(NamedTuple):
 
 
 class TokenRules(NamedTuple):
-    """The rules of one mixture, token by token; see ``RuleNumbers``. Where rules are uniform nothing is read."""
+    """The rules of one mixture, token by token; see ``RuleNumbers``. The tensors may be empty if rules are uniform."""
 
     shape: RulesShape
     top_k_T: torch.Tensor
@@ -63,7 +64,7 @@ def tabulate(rules: Sequence[RoutingConfig], num_experts: int) -> tuple[RulesSha
     threshold = [rule.threshold if rule.threshold is not None else _NO_THRESHOLD for rule in rules]
     top_p = [rule.top_p if rule.top_p is not None else _EVERY_PROBABILITY for rule in rules]
     by_mean = list(dict.fromkeys(rule for rule in rules if rule.mode is RoutingMode.THRESHOLD_TOP_K))
-    group = [by_mean.index(rule) if rule in by_mean else _NO_GROUP for rule in rules]
+    group = [by_mean.index(rule) if rule in by_mean else NO_GROUP for rule in rules]
     shape = RulesShape(
         most_experts=max(top_k),
         threshold=bool(modes & {RoutingMode.THRESHOLD, RoutingMode.THRESHOLD_TOP_K}),

@@ -1,13 +1,13 @@
 """Keys and values in blocks, and attention of new tokens over the blocks of their sequences.
 
-Two blocks are kept back behind those that the scheduler gives out: one stays zero and stands where a sequence has no
-position, so that nothing left there by another sequence can reach this one, not even through a NaN times zero; the
-other takes what the padding of a batch writes.
+Behind the blocks that the scheduler gives out lie two more slots. One stays zero and stands where a sequence has no
+position, so that nothing left there by another sequence can reach this one, not even as a NaN times zero. The other
+takes what the padding of a batch writes.
 
 Query heads that read one KV head lie together, as rows of one matrix.
 
 Shape suffixes: T tokens of the step, B sequences that decode, S new positions and C all positions of a sequence,
-M blocks, N slots = blocks times block_size, G KV heads, Q query heads per KV head, R = S * Q query rows per KV head,
+M blocks, N slots, G KV heads, Q query heads per KV head, R = S * Q query rows per KV head,
 W positions of a window, d head_dim.
 """
 
@@ -21,7 +21,7 @@ from torch.nn import functional
 from dsmoe_ray.inference.row_math import ExactMath, in_pieces
 from dsmoe_ray.model.config import ModelConfig
 
-_RESERVED_BLOCKS = 2
+_NUM_SPARE_SLOTS = 2
 WINDOW = 64
 """Positions that exact attention takes at a time."""
 
@@ -39,7 +39,7 @@ class PagedKvCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        num_slots = (num_blocks + _RESERVED_BLOCKS) * block_size
+        num_slots = num_blocks * block_size + _NUM_SPARE_SLOTS
         shape = (config.num_layers, num_slots, config.attention.num_kv_heads, config.attention.head_dim)
         self.k_LNGd = torch.zeros(shape, dtype=dtype, device=device)
         self.v_LNGd = torch.zeros(shape, dtype=dtype, device=device)
@@ -50,9 +50,9 @@ class PagedKvCache:
         return self.num_blocks * self.block_size
 
     @property
-    def scratch_block(self) -> int:
-        """Return the id of the block that padding may write to."""
-        return self.num_blocks + 1
+    def scratch_slot(self) -> int:
+        """Return a slot that no sequence reads."""
+        return self.zero_slot + 1
 
     @property
     def size_bytes(self) -> int:
@@ -85,7 +85,8 @@ def find_slots(
     offsets = torch.arange(cache.block_size, device=block_table.device)
     slots = (block_table[..., :num_blocks, None] * cache.block_size + offsets).flatten(-2)
     positions = torch.arange(slots.shape[-1], device=slots.device)
-    return torch.where(positions < lengths[..., None], slots, cache.zero_slot)
+    # Not torch.where, which would copy the number to the device, forbidden in a CUDA graph.
+    return slots.masked_fill(positions >= lengths[..., None], cache.zero_slot)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class DecodingRows:
     """Which tokens of the step; None for all, in order."""
     slots_BC: torch.Tensor
     mask_B11C: torch.Tensor
-    """True where a sequence has a position."""
+    """What to add to scores: minus infinity where a sequence has no position."""
 
     def attend(self, cache: PagedKvCache, layer: int, q_TGQd: torch.Tensor, out_TGQd: torch.Tensor) -> None:
         """Fill the rows of these tokens."""
@@ -118,7 +119,7 @@ class ChunkRows:
     rows: slice
     slots_C: torch.Tensor
     mask_SC: torch.Tensor | None
-    """Who may attend to whom; None if these are the sequence's first tokens."""
+    """What to add to scores: minus infinity for later positions. None if these are the sequence's first tokens."""
 
     def attend(self, cache: PagedKvCache, layer: int, q_TGQd: torch.Tensor, out_TGQd: torch.Tensor) -> None:
         """Fill the rows of these tokens."""
@@ -195,3 +196,8 @@ def _attend_tile(
         sum_GR1 += weights_GRW.sum(-1, keepdim=True)
         out_GRd += weights_GRW @ v_GWd
     return out_GRd / sum_GR1
+
+
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return zero where attention is allowed and minus infinity elsewhere: made once, not in every layer."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -math.inf)

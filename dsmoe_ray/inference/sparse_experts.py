@@ -36,13 +36,18 @@ class ExpertWeights(NamedTuple):
 class LocalExperts:
     """All experts of a model, here."""
 
-    def __init__(self, model: Transformer, *, numerics: RowMath) -> None:
-        self.math = numerics
+    def __init__(self, model: Transformer, *, numerics: RowMath, static_shapes: bool = False) -> None:
+        """Use the weights in place.
+
+        Args:
+            model: Whose experts.
+            numerics: The kind of mathematics.
+            static_shapes: Ask the device nothing and let no shape depend on values, as a CUDA graph needs it.
+        """
+        self.math, self.static_shapes = numerics, static_shapes
         self._layers = [
             block.ffn.experts if isinstance(block.ffn, MixtureOfExperts) else None for block in model.blocks
         ]
-        self.static_shapes = False
-        """Ask the device nothing, as inside a CUDA graph."""
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> Ready[torch.Tensor]:
         """Run the experts."""
@@ -72,7 +77,7 @@ def weights_of(experts: Experts, dtype: torch.dtype) -> ExpertWeights:
 
 def has_grouped_gemm(x_TD: torch.Tensor, weights: ExpertWeights) -> bool:
     """Tell whether ``run_grouped`` runs here without waiting for the device."""
-    if x_TD.device.type != "cuda" or x_TD.dtype != torch.bfloat16:
+    if x_TD.device.type != "cuda" or torch.version.hip is not None or x_TD.dtype != torch.bfloat16:
         return False
     _, d_ff, d_model = weights.w1_EFD.shape
     aligned = d_ff % _GROUPED_ALIGNMENT == 0 and d_model % _GROUPED_ALIGNMENT == 0
@@ -122,7 +127,7 @@ def run_grouped(
     out_PD = functional.grouped_mm(numerics.activate(up_PF, linear_PF), weights.w2_EFD, offs=ends_E)
     places_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(len(order_P), device=order_P.device))
     out_TKD = out_PD.index_select(0, places_P).view(*ids_TK.shape, x_TD.shape[1])
-    weighed_TKD = torch.where(padding_TK[..., None], 0.0, out_TKD * assignment.gates_TK[..., None])
+    weighed_TKD = (out_TKD * assignment.gates_TK[..., None]).masked_fill(padding_TK[..., None], 0.0)
     return weighed_TKD.sum(1).to(x_TD.dtype)
 
 

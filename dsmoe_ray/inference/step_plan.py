@@ -18,12 +18,15 @@ from dsmoe_ray.inference.paged_attention import (
     DecodingRows,
     ExactRows,
     PagedKvCache,
+    additive_mask,
     find_slots,
 )
 from dsmoe_ray.inference.row_math import ExactMath, RowMath
 from dsmoe_ray.model.config import MoaConfig, ModelConfig, MoeConfig
 from dsmoe_ray.model.transformer import LayerRouting
 
+RuleShapes = tuple[tuple[RulesShape | None, ...], ...]
+"""Of each layer's attention and FFN; steps with equal shapes run the same operations."""
 StepRules = tuple[tuple[LayerRouting, ...], ...]
 _MAX_TABLES = 64
 """Distinct sets of rules whose tables are kept."""
@@ -60,32 +63,32 @@ class RuleTable:
 
     def __init__(self, rules: StepRules, config: ModelConfig) -> None:
         self.rules = rules
-        self._shapes: list[list[RulesShape | None]] = []
-        numbers: list[RuleNumbers] = []
+        shapes, numbers = [], []
         for layer in range(config.num_layers):
-            shapes: list[RulesShape | None] = []
             for part, mixture in enumerate((config.attention, config.ffn)):
-                shapes.append(None)
-                if isinstance(mixture, MoaConfig | MoeConfig):
-                    shapes[part], found = tabulate([one[layer][part] for one in rules], mixture.num_experts)
-                    numbers.append(found)
-            self._shapes.append(shapes)
+                num_experts = mixture.num_experts if isinstance(mixture, MoaConfig | MoeConfig) else None
+                shape, columns = tabulate([one[layer][part] for one in rules], num_experts or 1)
+                shapes.append(None if num_experts is None else shape)
+                numbers.append(columns)
+        self.shapes: RuleShapes = tuple(zip(shapes[::2], shapes[1::2], strict=True))
         self._numbers = [np.stack(column) for column in zip(*numbers, strict=True)]
-        """Four arrays, each ``(mixtures of all layers, rules)``."""
-        self.shapes = tuple(tuple(shapes) for shapes in self._shapes)
-        """Hashable: two steps with equal shapes run the same operations."""
+        """The columns of ``RuleNumbers``, each ``(parts of all layers, rules)``."""
+        self._are_read = any(shape is not None and not shape.uniform for shape in shapes)
 
-    def of_tokens(self, rule_idxs_T: np.ndarray) -> list[torch.Tensor]:
-        """Return the numbers of each token, ``(mixtures of all layers, T)`` each, on the CPU."""
-        return [torch.from_numpy(column[:, rule_idxs_T]) for column in self._numbers]
+    def of_tokens(self, rule_idxs_T: np.ndarray) -> RuleNumbers:
+        """Return the numbers of each token, ``(parts of all layers, T)`` each; of none where nothing reads them."""
+        idxs = rule_idxs_T if self._are_read else rule_idxs_T[:0]
+        return RuleNumbers(*(column[:, idxs] for column in self._numbers))
 
-    def by_layer(self, numbers: Sequence[torch.Tensor]) -> tuple[LayerRules, ...]:
-        """Deal what ``of_tokens`` returned, wherever it was moved to, to layers."""
-        rows = iter(zip(*numbers, strict=True))
-        return tuple(
-            LayerRules(*(None if shape is None else TokenRules(shape, *next(rows)) for shape in shapes))
-            for shapes in self.shapes
-        )
+
+def deal_rules(shapes: RuleShapes, numbers: Sequence[torch.Tensor]) -> tuple[LayerRules, ...]:
+    """Deal what ``RuleTable.of_tokens`` returned, wherever it was moved to, to layers."""
+    rows = iter(zip(*numbers, strict=True))
+    dealt = []
+    for layer in shapes:
+        parts = [(shape, next(rows)) for shape in layer]
+        dealt.append(LayerRules(*(None if shape is None else TokenRules(shape, *row) for shape, row in parts)))
+    return tuple(dealt)
 
 
 class StepPlanner:
@@ -101,17 +104,17 @@ class StepPlanner:
         sequences_T = np.repeat(np.arange(batch.num_sequences), query_lens_B)
         starts_T = np.repeat(batch.query_starts[:-1], query_lens_B)
         positions_T = batch.first_positions_B[sequences_T] + np.arange(batch.num_tokens) - starts_T
-        blocks_T = batch.block_tables[sequences_T, positions_T // self._cache.block_size]
-        slots_T = blocks_T.astype(np.int64) * self._cache.block_size + positions_T % self._cache.block_size
+        slots_T = find_write_slots(batch.block_tables, sequences_T, positions_T, self._cache.block_size)
         table = self.find_rule_table(batch.rules)
-        numbers = [self._move(column) for column in table.of_tokens(batch.rule_idxs_B[sequences_T])]
+        columns = table.of_tokens(batch.rule_idxs_B[sequences_T])
+        numbers = [self._move(torch.from_numpy(column)) for column in columns]
         all_wanted = len(batch.logits_rows_R) == batch.num_tokens
         return StepPlan(
             self._to_device(batch.token_ids_T),
             self._to_device(positions_T),
             self._to_device(slots_T),
             tuple(self._plan_attention(batch, query_lens_B)),
-            table.by_layer(numbers),
+            deal_rules(table.shapes, numbers),
             None if all_wanted else self._to_device(batch.logits_rows_R),
         )
 
@@ -153,7 +156,8 @@ class StepPlanner:
         if first == 0:
             return ChunkRows(rows, slots_C, None)
         positions_C = torch.arange(length, device=self._device)
-        return ChunkRows(rows, slots_C, positions_C[first:, None] >= positions_C)
+        mask_SC = additive_mask(positions_C[first:, None] >= positions_C, self._cache.k_LNGd.dtype)
+        return ChunkRows(rows, slots_C, mask_SC)
 
     def _plan_exact(self, batch: ForwardBatch, index: int, tables: torch.Tensor, length: int) -> ExactRows:
         assert isinstance(self._math, ExactMath)
@@ -173,6 +177,14 @@ class StepPlanner:
         return values.to(self._device, non_blocking=True)
 
 
+def find_write_slots(
+    block_tables_BM: np.ndarray, sequences_T: np.ndarray, positions_T: np.ndarray, block_size: int
+) -> np.ndarray:
+    """Return the slot of each token from its sequence and its position there."""
+    blocks_T = block_tables_BM[sequences_T, positions_T // block_size].astype(np.int64)
+    return blocks_T * block_size + positions_T % block_size
+
+
 def plan_decoding(
     cache: PagedKvCache,
     block_tables_BM: torch.Tensor,
@@ -184,4 +196,5 @@ def plan_decoding(
     """Lay out the attention of sequences that decode one token, over ``num_blocks`` blocks each; all on the device."""
     slots_BC = find_slots(cache, block_tables_BM, lengths_B, num_blocks=num_blocks)
     positions_C = torch.arange(slots_BC.shape[1], device=slots_BC.device)
-    return DecodingRows(rows_B, slots_BC, (positions_C < lengths_B[:, None])[:, None, None])
+    mask_BC = additive_mask(positions_C < lengths_B[:, None], cache.k_LNGd.dtype)
+    return DecodingRows(rows_B, slots_BC, mask_BC[:, None, None])

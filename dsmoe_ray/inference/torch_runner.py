@@ -13,11 +13,12 @@ from typing import Literal
 import torch
 
 from dsmoe_ray.inference.batch import ForwardBatch
+from dsmoe_ray.inference.decode_graphs import Capture, DecodeGraphs, DecodeInputs
 from dsmoe_ray.inference.expert_choice import Choice, TokenRules, choose
 from dsmoe_ray.inference.paged_attention import PagedKvCache
 from dsmoe_ray.inference.row_math import ExactMath, FastMath, RowMath, rotate_exact
 from dsmoe_ray.inference.sparse_experts import LocalExperts
-from dsmoe_ray.inference.step_plan import StepPlan, StepPlanner
+from dsmoe_ray.inference.step_plan import RuleShapes, StepPlan, StepPlanner, deal_rules, plan_decoding
 from dsmoe_ray.model.attention import GqaAttention
 from dsmoe_ray.model.dispatch import ExpertBackend
 from dsmoe_ray.model.moa import MixtureOfAttention, gate_heads
@@ -38,6 +39,7 @@ class TorchRunner:
         block_size: int,
         numerics: Literal["exact", "fast"],
         experts: ExpertBackend | None = None,
+        max_graph_seqs: int = 64,
     ) -> None:
         """Take memory for keys and values.
 
@@ -47,6 +49,7 @@ class TorchRunner:
             block_size: Positions in one block.
             numerics: ``exact`` makes a row's result independent of its batch, bit by bit; on a CPU.
             experts: Who runs FFN experts; by default this process.
+            max_graph_seqs: On a GPU and with experts here, up to so many decoding sequences replay a CUDA graph.
 
         Raises:
             ValueError: exact numerics on another device than a CPU.
@@ -64,6 +67,10 @@ class TorchRunner:
         )
         self._experts = LocalExperts(model, numerics=self._math) if experts is None else experts
         self._planner = StepPlanner(model.config, self._cache, self._math, device)
+        self._static_experts = LocalExperts(model, numerics=self._math, static_shapes=True)
+        self._graphs: DecodeGraphs | None = None
+        if device.type == "cuda" and experts is None and max_graph_seqs:
+            self._graphs = self.build_graphs(max_graph_seqs)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -72,19 +79,41 @@ class TorchRunner:
 
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute one step and return its logits ``(R, V)``, float32 on the CPU."""
+        if self._graphs is not None and self._graphs.takes(batch):
+            return self._graphs.run(batch, self._planner.find_rule_table(batch.rules)).cpu()
         return finish(self.start(batch)).cpu()
 
     @torch.inference_mode()
     def start(self, batch: ForwardBatch) -> Generator[None, None, torch.Tensor]:
         """Compute one step, giving way after each block's tokens went to its experts; return logits ``(R, V)``."""
-        return (yield from self._compute(self._planner.plan(batch), shrink=True))
+        return (yield from self._compute(self._planner.plan(batch), self._experts, shrink=True))
 
-    def _compute(self, plan: StepPlan, *, shrink: bool) -> Generator[None, None, torch.Tensor]:
+    @torch.inference_mode()
+    def decode(self, inputs: DecodeInputs, shapes: RuleShapes) -> torch.Tensor:
+        """Compute a step of decoding sequences; return logits ``(B, V)``.
+
+        A plain function of tensors: it asks the device nothing, and no shape in it depends on a value.
+        """
+        token_ids_B, positions_B, slots_B = inputs.tokens_3B
+        attending = plan_decoding(
+            self._cache, inputs.block_tables_BM, positions_B + 1, num_blocks=inputs.block_tables_BM.shape[1]
+        )
+        rules = deal_rules(shapes, inputs.numbers)
+        plan = StepPlan(token_ids_B, positions_B, slots_B, (attending,), rules, None)
+        return finish(self._compute(plan, self._static_experts, shrink=False))
+
+    def build_graphs(self, max_seqs: int, capture: Capture | None = None) -> DecodeGraphs:
+        """Return graphs of ``decode``, none recorded yet."""
+        max_blocks = -(-self.config.max_seq_len // self.block_size)
+        return DecodeGraphs(self.decode, self._cache, max_seqs=max_seqs, max_blocks=max_blocks, capture=capture)
+
+    def _compute(self, plan: StepPlan, experts: ExpertBackend, *, shrink: bool) -> Generator[None, None, torch.Tensor]:
         """Run the blocks.
 
         Args:
             plan: The step.
-            shrink: Ask the device how many experts tokens use where rules leave it open, as a CUDA graph cannot.
+            experts: Who runs FFN experts.
+            shrink: Ask the device how many experts tokens use where rules leave it open.
         """
         model = self._model
         rotations = (model.cos[plan.positions_T][:, None], model.sin[plan.positions_T][:, None])
@@ -98,9 +127,9 @@ class TorchRunner:
                 continue
             assert rules.ffn is not None
             choice = self._choose(block.ffn.router, normed_TD, rules.ffn)
-            handle = self._experts.dispatch(layer, normed_TD, choice.assignment(shrink=shrink))
+            handle = experts.dispatch(layer, normed_TD, choice.assignment(shrink=shrink))
             yield
-            x_TD = x_TD + self._experts.combine(handle)
+            x_TD = x_TD + experts.combine(handle).to(x_TD.dtype)
         if plan.logits_rows_R is not None:
             x_TD = x_TD.index_select(0, plan.logits_rows_R)
         head = model.embedding if model.head is None else model.head

@@ -132,7 +132,9 @@ class ExpertBackend(Protocol):
         """
 
     def combine(self, handle: Any) -> torch.Tensor:
-        """Wait for the outputs; return their gated sums ``(T, D)`` in the type of ``x_TD``, zeros where none is wanted.
+        """Wait for the outputs; return their gated sums ``(T, D)``, zeros where none is wanted.
+
+        They are float32 or of the type of ``x_TD``.
 
         With exact numerics each output row is computed by itself, weighed, and added in float32 in ascending order of
         expert ids, so that it does not depend on who else is in the batch or on where an expert lives.

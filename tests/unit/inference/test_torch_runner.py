@@ -83,8 +83,8 @@ def test_two_steps_that_take_turns_give_what_they_give_one_after_the_other(model
 
 def test_the_cache_takes_the_memory_that_it_reports(model):
     runner = TorchRunner(model, num_blocks=6, block_size=4, numerics="fast")
-    # Three layers of keys and values of 2 heads of 4 numbers of 4 bytes; two blocks more than those given out.
-    assert runner.kv_cache_bytes == 3 * 2 * (6 + 2) * 4 * 2 * 4 * 4
+    # Three layers of keys and values of 2 heads of 4 numbers of 4 bytes; two slots more than those given out.
+    assert runner.kv_cache_bytes == 3 * 2 * (6 * 4 + 2) * 2 * 4 * 4
 
 
 def test_exact_numerics_are_refused_off_the_cpu(model):
