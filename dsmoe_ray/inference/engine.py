@@ -45,7 +45,7 @@ class Engine:
             EngineFullError: too many wait already.
         """
         request.check_against(self.model_config)
-        if (request_id, 0) in self._sequences:
+        if self._ids_of(request_id):
             raise RequestError(f"a request {request_id!r} is running already. Give this one another id.", param="id")
         sequences = [self._make_sequence(request_id, idx, request) for idx in range(request.n)]
         if sequences[0].has_ended:
@@ -59,7 +59,7 @@ class Engine:
 
     def cancel(self, request_id: Hashable) -> bool:
         """Let a request go: it is in no later step and has no more output. Return False if there is none."""
-        ids = [sequence_id for sequence_id in self._sequences if sequence_id[0] == request_id]  # type: ignore[index]
+        ids = self._ids_of(request_id)
         for sequence_id in ids:
             self._scheduler.cancel(sequence_id)
             del self._sequences[sequence_id]
@@ -106,6 +106,10 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_generated_tokens=self._num_generated_tokens,
         )
+
+    def _ids_of(self, request_id: Hashable) -> list[Hashable]:
+        """Return the ids of a request's sequences that have not ended."""
+        return [sequence_id for sequence_id, one in self._sequences.items() if one.request_id == request_id]
 
     def _make_sequence(self, request_id: Hashable, idx: int, request: GenerationRequest) -> RunningSequence:
         rules: Sequence[LayerRouting] = self._deployed if request.routing is None else request.routing

@@ -50,12 +50,24 @@ class Generator:
         return Generation(self, self.submit(request), num_prompt_tokens=len(request.prompt_ids))
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[list[SequenceOutput]]:
-        """Compute requests to their ends, together; return all outputs of each."""
-        request_ids = [self.submit(request) for request in requests]
-        return [
-            list(self.read(request_id, num_sequences=request.n))
-            for request_id, request in zip(request_ids, requests, strict=True)
-        ]
+        """Compute requests to their ends, together; return all outputs of each.
+
+        Raises:
+            RequestError: one of them cannot be served; then none is.
+            EngineFullError: they do not fit into the queue together; then none is served.
+        """
+        request_ids: list[int] = []
+        try:
+            for request in requests:
+                request_ids.append(self.submit(request))
+            return [
+                list(self.read(request_id, num_sequences=request.n))
+                for request_id, request in zip(request_ids, requests, strict=True)
+            ]
+        finally:
+            # Nothing is left of them, except after an error.
+            for request_id in request_ids:
+                self.cancel(request_id)
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt.
@@ -87,8 +99,12 @@ class Generator:
                 num_sequences -= output.finish_reason is not None
                 yield output
         finally:
-            self.engine.cancel(request_id)
-            del self._outputs[request_id]
+            self.cancel(request_id)
+
+    def cancel(self, request_id: int) -> None:
+        """Let a request go, read to its end or not."""
+        self.engine.cancel(request_id)
+        self._outputs.pop(request_id, None)
 
     def _step(self) -> None:
         for output in self.engine.step():
@@ -108,19 +124,23 @@ class Generation:
         """Time until the first token was there, without the reader's own."""
         self.decode_s = 0.0
         """Time for all further tokens."""
+        self._generator, self._request_id = generator, request_id
         self._outputs = generator.read(request_id)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield pieces of text, each of whole characters, as soon as they are certain.
+        """Yield pieces of text, each of whole characters, as soon as they are certain; leaving early ends the text.
 
         Raises:
             DsmoeError: the model is broken.
         """
-        while (output := self._next_output()) is not None:
-            if output.error is not None:
-                raise output.error
-            if output.text:
-                yield output.text
+        try:
+            while (output := self._next_output()) is not None:
+                if output.error is not None:
+                    raise output.error
+                if output.text:
+                    yield output.text
+        finally:
+            self._generator.cancel(self._request_id)
 
     @property
     def num_tokens(self) -> int:

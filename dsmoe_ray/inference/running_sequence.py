@@ -54,9 +54,9 @@ class RunningSequence:
 
     def score_prompt(self, logits_RV: torch.Tensor, first_position: int) -> None:
         """Take the logits after the prompt's tokens from ``first_position`` on, as far as a next one is known."""
-        assert self._request.prompt_logprobs is not None and self._prompt_logprobs is not None
         targets = self._request.prompt_ids[first_position + 1 : first_position + 1 + len(logits_RV)]
         if targets:
+            assert self._request.prompt_logprobs is not None and self._prompt_logprobs is not None
             self._prompt_logprobs += compute_logprobs(
                 logits_RV[: len(targets)],
                 targets,
