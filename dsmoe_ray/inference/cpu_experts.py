@@ -12,8 +12,10 @@ import torch
 from dsmoe_ray.inference.cpu_library import (
     ACTIVATIONS,
     DTYPES,
+    MAX_STREAMED,
     ExpertCall,
     ExpertWeights,
+    count_partial,
     load_kernels,
     point,
     reference,
@@ -44,6 +46,8 @@ class CpuExperts:
             "pair_tokens": torch.empty(num_pairs, dtype=torch.int32),
             "pair_gates": torch.empty(num_pairs),
             "active_experts": torch.empty(num_experts, dtype=torch.int32),
+            "partial_starts": torch.empty(num_experts, dtype=torch.int32),
+            "partial": torch.empty(count_partial(num_experts * min(max_tokens, MAX_STREAMED), ffn.d_ff, self._d_model)),
         }
         self._call = ExpertCall(**{name: point(tensor) for name, tensor in self._scratch.items()})
         self._call_ref = reference(self._call)

@@ -21,6 +21,9 @@ from dsmoe_ray.errors import DsmoeError
 SOURCES = Path(__file__).with_name("cpu_kernels")
 BLOCK_SIZE = 16
 """Positions in one block of the KV cache, ``kBlockSize`` of the kernels."""
+MAX_STREAMED = 6
+"""Most inputs of a down projection whose sums go through memory, ``kStreamInputs`` of the kernels."""
+_SUM_BLOCK = 256
 PORTABLE = "portable"
 """Value of ``DSMOE_CPU_KERNELS`` that builds for any processor of this architecture."""
 OFF = "off"
@@ -81,7 +84,7 @@ ACTIVATIONS = {"gelu": 0, "swiglu": 1}
 STEP_INPUTS = ("tokens", "query_starts", "first_positions", "block_tables", "rule_idxs", "rules")
 STEP_MEMORY = (
     *("x", "normed", "normed_cast", "q", "kv", "attended", "router_hidden", "router_probs", "attention_gates"),
-    *("expert_ids", "gates", "num_kept", "sequence_of", "tiles", "rule_top_k"),
+    *("expert_ids", "gates", "num_kept", "sequence_of", "tiles", "rule_top_k", "partial"),
 )
 
 
@@ -110,6 +113,7 @@ class ExpertCall(Structure):
         *((name, c_int32) for name in ("num_tokens", "stride")),
         *((name, c_void_p) for name in ("expert_ids", "gates", "x", "y", "hidden")),
         *((name, c_void_p) for name in ("expert_starts", "pair_tokens", "pair_gates", "active_experts")),
+        *((name, c_void_p) for name in ("partial_starts", "partial")),
     ]
 
 
@@ -206,6 +210,11 @@ def _declare(library: ctypes.CDLL) -> None:
 def reference(structure: Structure) -> c_void_p:
     """Return a pointer to a structure, to be made once and passed many times."""
     return ctypes.cast(byref(structure), c_void_p)
+
+
+def count_partial(num_inputs: int, size: int, num_columns: int) -> int:
+    """Return how many floats the sums of ``num_inputs`` streamed inputs of a ``(size, num_columns)`` matrix take."""
+    return num_inputs * -(-size // _SUM_BLOCK) * num_columns
 
 
 def point(tensor: torch.Tensor) -> int:

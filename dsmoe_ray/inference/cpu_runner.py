@@ -18,12 +18,14 @@ from dsmoe_ray.inference.cpu_experts import CpuExperts
 from dsmoe_ray.inference.cpu_library import (
     BLOCK_SIZE,
     DTYPES,
+    MAX_STREAMED,
     STEP_MEMORY,
     LayerWeights,
     Model,
     RouterWeights,
     Rule,
     Step,
+    count_partial,
     load_kernels,
     point,
     reference,
@@ -193,6 +195,7 @@ def _allocate_memory(
     memory = {name: torch.empty(max_tokens, width, dtype=dtypes.get(name)) for name, width in widths.items()}
     memory["expert_ids"].zero_()
     memory["gates"].fill_(1.0)
+    memory["partial"] = torch.empty(count_partial(min(max_tokens, MAX_STREAMED), heads, config.d_model))
     memory["rule_top_k"] = torch.empty(max_seqs, dtype=torch.int32)
     assert set(memory) == set(STEP_MEMORY)
     return memory

@@ -19,10 +19,18 @@ from dsmoe_ray.model.transformer import Transformer
 
 CLOSE = {"rtol": 1e-5, "atol": 6e-5}
 NUM_TOKENS = 40
+# Rows of a multiple of 32 are streamed for few tokens; sums of more than 256 products are cut into blocks.
+SIZES = {
+    "small": {"head_dim": 8, "d_model": 24},
+    "with edges": {"head_dim": 32, "d_model": 80},
+    "in blocks": {"head_dim": 96, "d_model": 64, "d_ff": 301},
+}
 SPECS = ("dense", "top_k=2", "threshold=0.9", "threshold_top_k=0.9", "top_p=0.6")
 
 
-def make_model(*, attention="moa", activation="gelu", ffn="linear", head_dim=8, d_model=24, dtype=torch.float32):
+def make_model(
+    *, attention="moa", activation="gelu", ffn="linear", head_dim=8, d_model=24, d_ff=20, dtype=torch.float32
+):
     attentions = {
         "moa": {"kind": "moa", "num_experts": 3, "num_kv_heads": 2, "head_dim": head_dim},
         "gqa": {"kind": "gqa", "num_heads": 4, "num_kv_heads": 2, "head_dim": head_dim},
@@ -32,9 +40,9 @@ def make_model(*, attention="moa", activation="gelu", ffn="linear", head_dim=8, 
         "mlp": {"kind": "mlp", "d_hidden": 8, "gates": "renormalized", "gate_scale": 2.0},
     }
     if ffn == "dense":
-        ffn_values = {"kind": "dense", "d_ff": 40, "activation": activation}
+        ffn_values = {"kind": "dense", "d_ff": 2 * d_ff, "activation": activation}
     else:
-        ffn_values = {"kind": "moe", "num_experts": 6, "d_ff": 20, "activation": activation, "router": routers[ffn]}
+        ffn_values = {"kind": "moe", "num_experts": 6, "d_ff": d_ff, "activation": activation, "router": routers[ffn]}
     config = ModelConfig.model_validate(
         {
             "vocab_size": 270,
@@ -86,9 +94,9 @@ def run_whole(model, tokens, rules, **options):
 @pytest.mark.parametrize("attention", ["moa", "gqa"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("ffn", ["linear", "mlp", "dense"])
-@pytest.mark.parametrize(("head_dim", "d_model"), [(8, 24), (32, 80)], ids=["small", "with edges"])
-def test_logits_are_those_of_the_plain_forward_pass(attention, activation, ffn, head_dim, d_model):
-    model = make_model(attention=attention, activation=activation, ffn=ffn, head_dim=head_dim, d_model=d_model)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_logits_are_those_of_the_plain_forward_pass(attention, activation, ffn, sizes):
+    model = make_model(attention=attention, activation=activation, ffn=ffn, **sizes)
     tokens = make_tokens()
     for spec in SPECS if ffn != "dense" else ("dense",):
         rules = resolve_routing(spec, model.config)
@@ -99,9 +107,10 @@ def test_logits_are_those_of_the_plain_forward_pass(attention, activation, ffn, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("attention", ["moa", "gqa"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_row_does_not_depend_on_chunks_or_neighbours(dtype, attention, spec):
-    model = make_model(attention=attention, activation="swiglu", head_dim=32, d_model=80, dtype=dtype)
+def test_a_row_does_not_depend_on_chunks_or_neighbours(dtype, attention, sizes, spec):
+    model = make_model(attention=attention, activation="swiglu", dtype=dtype, **sizes)
     rules = resolve_routing(spec, model.config)
     tokens = make_tokens(3)
     whole = run_whole(model, tokens, rules)

@@ -1,13 +1,13 @@
 // The selected FFN experts of one layer: tokens grouped by expert, each expert's weights read once.
 //
-// Up: hidden = gate * act(w1 x) [* (w3 x)] for every (token, expert) pair. Down: every thread takes columns of the
-// output and adds each expert's contribution to its tokens, experts in ascending order; so a token's sum is the same
-// whatever else is computed with it. Called by all threads of a parallel region.
+// Up: hidden = gate * act(w1 x) [* (w3 x)] for every (token, expert) pair. Down: each expert's contribution is computed
+// by itself and added to its tokens, experts in ascending order; so a token's sum is the same whatever else is computed
+// with it. Called by all threads of a parallel region.
 #pragma once
 
 #include <algorithm>
 
-#include "matmul.h"
+#include "down.h"
 #include "model.h"
 
 namespace dsmoe {
@@ -36,9 +36,14 @@ inline int group_by_expert(const ExpertWeights& weights, const ExpertCall& call)
   });
   for (int e = num_experts; e > 0; --e) call.expert_starts[e] = call.expert_starts[e - 1];
   call.expert_starts[0] = 0;
-  int num_active = 0;
-  for (int e = 0; e < num_experts; ++e)
-    if (call.expert_starts[e + 1] > call.expert_starts[e]) call.active_experts[num_active++] = e;
+  int num_active = 0, num_streamed = 0;
+  for (int e = 0; e < num_experts; ++e) {
+    const int count = call.expert_starts[e + 1] - call.expert_starts[e];
+    if (!count) continue;
+    call.active_experts[num_active] = e;
+    call.partial_starts[num_active++] = num_streamed;
+    if (streams(count, weights.d_model)) num_streamed += count;
+  }
   return num_active;
 }
 
@@ -76,34 +81,24 @@ inline void compute_hidden(const ExpertWeights& weights, const ExpertCall& call,
   }
 }
 
-// Columns [begin, end) of the output of all tokens.
 template <typename T>
-inline void combine_columns(const ExpertWeights& weights, const ExpertCall& call, int num_active, int64_t begin,
-                            int64_t end) {
-  const int64_t d_model = weights.d_model, matrix = int64_t(weights.d_ff) * d_model;
-  const T* w2 = static_cast<const T*>(weights.w2);
-  for (int t = 0; t < call.num_tokens; ++t)
-    std::memset(call.y + t * d_model + begin, 0, sizeof(float) * (end - begin));
-  for (int a = 0; a < num_active; ++a) {
-    const int expert = call.active_experts[a], next = call.active_experts[std::min(a + 1, num_active - 1)];
-    const int first = call.expert_starts[expert];
-    axpy_columns<T>(
-        w2 + expert * matrix, d_model, begin, end, weights.d_ff, call.expert_starts[expert + 1] - first,
-        w2 + next * matrix + begin,
-        [&](int i) { return static_cast<const T*>(call.hidden) + (first + i) * int64_t(weights.d_ff); },
-        [&](int i, int64_t column, const float* values, int count) {
-          float* y = call.y + call.pair_tokens[first + i] * d_model + column;
-          for_lanes(count, [&](int64_t j, int lanes) {
-            store_up_to(y + j, load_up_to(y + j, lanes) + load_up_to(values + j, lanes), lanes);
-          });
-        });
-  }
-}
-
-// Columns of one piece of work: enough pieces for all threads, wide enough to stream rows.
-inline int64_t columns_per_chunk(int64_t num_columns, int num_threads) {
-  const int64_t wanted = num_columns / (2 * num_threads) / 64 * 64;
-  return std::clamp<int64_t>(wanted, 64, kMaxColumnTile);
+inline void combine_outputs(const ExpertWeights& weights, const ExpertCall& call, int num_active) {
+  const int64_t d_model = weights.d_model, d_ff = weights.d_ff;
+  project_down<T>(
+      num_active, d_ff, d_model, weights.num_threads, call.partial,
+      [&](int i) {
+        const int expert = call.active_experts[i], first = call.expert_starts[expert];
+        return DownGroup<T>{static_cast<const T*>(weights.w2) + expert * d_ff * d_model,
+                            static_cast<const T*>(call.hidden) + first * d_ff,
+                            call.expert_starts[expert + 1] - first, call.partial_starts[i]};
+      },
+      [&](int i, int input) {
+        return call.y + call.pair_tokens[call.expert_starts[call.active_experts[i]] + input] * d_model;
+      },
+      [&](int64_t begin, int64_t end) {
+        for (int t = 0; t < call.num_tokens; ++t)
+          std::memset(call.y + t * d_model + begin, 0, sizeof(float) * (end - begin));
+      });
 }
 
 template <typename T>
@@ -115,10 +110,7 @@ inline void run_experts(const ExpertWeights& weights, const ExpertCall& call, in
     compute_hidden<T>(weights, call, call.active_experts[work / chunks], first,
                       std::min(kHiddenChunk, weights.d_ff - first));
   }
-  const int64_t width = columns_per_chunk(weights.d_model, weights.num_threads);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t begin = 0; begin < weights.d_model; begin += width)
-    combine_columns<T>(weights, call, num_active, begin, std::min<int64_t>(begin + width, weights.d_model));
+  combine_outputs<T>(weights, call, num_active);
 }
 
 }  // namespace dsmoe

@@ -88,6 +88,7 @@ struct Step {
   int32_t* sequence_of;            // (T,)
   int32_t* tiles;                  // (T, 2): sequence and first row of each attention tile
   int32_t* rule_top_k;             // (rules,)
+  float* partial;                  // (streamed tokens, blocks of summed rows, D)
 };
 
 struct ExpertWeights {
@@ -114,6 +115,8 @@ struct ExpertCall {
   int32_t* pair_tokens;        // (pairs,)
   float* pair_gates;           // (pairs,)
   int32_t* active_experts;     // (E,)
+  int32_t* partial_starts;     // (E,)
+  float* partial;              // (streamed pairs, blocks of summed rows, D)
 };
 
 }  // namespace dsmoe

@@ -5,7 +5,7 @@
 
 #include "attention.h"
 #include "experts.h"
-#include "matmul.h"
+#include "down.h"
 #include "model.h"
 #include "routing.h"
 
@@ -149,19 +149,10 @@ inline void attend_all(const Model& model, const LayerWeights& layer, const Step
 template <typename T>
 inline void project_out(const Model& model, const LayerWeights& layer, const Step& step) {
   const int64_t d_model = model.d_model, size = int64_t(model.num_heads) * model.head_dim;
-  const int64_t width = columns_per_chunk(d_model, model.num_threads);
-  const T* wo = static_cast<const T*>(layer.wo);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t begin = 0; begin < d_model; begin += width)
-    axpy_columns<T>(
-        wo, d_model, begin, std::min(begin + width, d_model), size, step.num_tokens, wo + begin,
-        [&](int t) { return static_cast<const T*>(step.attended) + t * size; },
-        [&](int t, int64_t column, const float* values, int count) {
-          float* x = step.x + t * d_model + column;
-          for_lanes(count, [&](int64_t j, int lanes) {
-            store_up_to(x + j, load_up_to(x + j, lanes) + load_up_to(values + j, lanes), lanes);
-          });
-        });
+  const DownGroup<T> group{static_cast<const T*>(layer.wo), static_cast<const T*>(step.attended), step.num_tokens, 0};
+  project_down<T>(
+      1, size, d_model, model.num_threads, step.partial, [&](int) { return group; },
+      [&](int, int token) { return step.x + token * d_model; }, [](int64_t, int64_t) {});
 }
 
 // One layer up to and with the choice of FFN experts.

@@ -34,6 +34,8 @@ inline float to_float(Bf16 value) {
   return out;
 }
 
+inline float to_float(float value) { return value; }
+
 inline Vec splat(float value) { return Vec{} + value; }
 
 inline Vec load(const float* source) {

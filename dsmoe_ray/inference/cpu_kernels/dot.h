@@ -1,0 +1,131 @@
+// Products with matrices whose rows are outputs: every output is a dot product of a weight row and an input row.
+//
+// Every output is one sum in one order, whatever the number of rows computed together: tiles only choose which outputs
+// share a pass over the weights. So a row's result does not depend on its neighbours.
+#pragma once
+
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace dsmoe {
+
+constexpr int kRowTile = 4;     // weight rows that share a pass over inputs
+constexpr int kTokenTile = 6;   // tokens that share a pass over weights
+
+// Calls body.template operator()<C>() with C = count, which is 1 to kTokenTile.
+template <typename Body>
+inline void with_token_count(int count, Body body) {
+  switch (count) {
+    case 1: body.template operator()<1>(); break;
+    case 2: body.template operator()<2>(); break;
+    case 3: body.template operator()<3>(); break;
+    case 4: body.template operator()<4>(); break;
+    case 5: body.template operator()<5>(); break;
+    default: body.template operator()<kTokenTile>(); break;
+  }
+}
+
+// out[r][c] = weights[r] . inputs[c], vectors of `size` numbers.
+template <int C>
+inline void dot_tile(const float* const* weights, const float* const* inputs, int64_t size, int64_t ahead,
+                     float (*out)[kTokenTile]) {
+  Vec sums[kRowTile][C] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    Vec x[C];
+    for (int c = 0; c < C; ++c) x[c] = keep(load(inputs[c] + i));
+    for (int r = 0; r < kRowTile; ++r) {
+      __builtin_prefetch(weights[r] + i + ahead, 0, 2);
+      Vec w = load(weights[r] + i);
+      for (int c = 0; c < C; ++c) sums[r][c] += w * x[c];
+    }
+  }
+  if (i < size) {
+    for (int r = 0; r < kRowTile; ++r) {
+      Vec w = load_part(weights[r] + i, int(size - i));
+      for (int c = 0; c < C; ++c) sums[r][c] += w * load_part(inputs[c] + i, int(size - i));
+    }
+  }
+  for (int r = 0; r < kRowTile; ++r)
+    for (int c = 0; c < C; ++c) out[r][c] = sum_lanes(sums[r][c]);
+}
+
+#ifdef DSMOE_BF16_PAIRS
+
+inline __m512bh load_pairs(const Bf16* source) { return (__m512bh)_mm512_loadu_si512(source); }
+
+inline __m512bh load_pairs_part(const Bf16* source, int count) {
+  return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, source);
+}
+
+template <int C>
+inline void dot_tile(const Bf16* const* weights, const Bf16* const* inputs, int64_t size, int64_t ahead,
+                     float (*out)[kTokenTile]) {
+  constexpr int kPairLanes = 2 * kLanes;
+  __m512 sums[kRowTile][C];
+  for (int r = 0; r < kRowTile; ++r)
+    for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + kPairLanes <= size; i += kPairLanes) {
+    __m512bh x[C];
+    for (int c = 0; c < C; ++c) x[c] = load_pairs(inputs[c] + i);
+    for (int r = 0; r < kRowTile; ++r) {
+      __builtin_prefetch(weights[r] + i + ahead, 0, 2);
+      __m512bh w = load_pairs(weights[r] + i);
+      for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], w, x[c]);
+    }
+  }
+  if (i < size) {
+    for (int r = 0; r < kRowTile; ++r) {
+      __m512bh w = load_pairs_part(weights[r] + i, int(size - i));
+      for (int c = 0; c < C; ++c)
+        sums[r][c] = _mm512_dpbf16_ps(sums[r][c], w, load_pairs_part(inputs[c] + i, int(size - i)));
+    }
+  }
+  for (int r = 0; r < kRowTile; ++r)
+    for (int c = 0; c < C; ++c) out[r][c] = sum_lanes((Vec)sums[r][c]);
+}
+
+#else
+
+template <int C>
+inline void dot_tile(const Bf16* const* weights, const Bf16* const* inputs, int64_t size, int64_t ahead,
+                     float (*out)[kTokenTile]) {
+  Vec sums[kRowTile][C] = {};
+  for_lanes(size, [&](int64_t i, int count) {
+    Vec x[C];
+    for (int c = 0; c < C; ++c) x[c] = load_up_to(inputs[c] + i, count);
+    for (int r = 0; r < kRowTile; ++r) {
+      Vec w = load_up_to(weights[r] + i, count);
+      for (int c = 0; c < C; ++c) sums[r][c] += w * x[c];
+    }
+  });
+  for (int r = 0; r < kRowTile; ++r)
+    for (int c = 0; c < C; ++c) out[r][c] = sum_lanes(sums[r][c]);
+}
+
+#endif
+
+// Dot products of `num_rows` weight rows with `num_inputs` vectors; emit(row, input, value) takes each.
+// row_pointer(row) and input_pointer(input) say where they lie.
+template <typename T, typename RowPointer, typename InputPointer, typename Emit>
+inline void dot_rows(int num_rows, int num_inputs, int64_t size, int64_t ahead, RowPointer row_pointer,
+                     InputPointer input_pointer, Emit emit) {
+  for (int c0 = 0; c0 < num_inputs; c0 += kTokenTile) {
+    const int count = std::min(kTokenTile, num_inputs - c0);
+    const T* inputs[kTokenTile];
+    for (int c = 0; c < count; ++c) inputs[c] = input_pointer(c0 + c);
+    for (int r0 = 0; r0 < num_rows; r0 += kRowTile) {
+      const int rows = std::min(kRowTile, num_rows - r0);
+      const T* weights[kRowTile];
+      for (int r = 0; r < kRowTile; ++r) weights[r] = row_pointer(r0 + std::min(r, rows - 1));
+      float out[kRowTile][kTokenTile];
+      with_token_count(count, [&]<int C>() { dot_tile<C>(weights, inputs, size, ahead, out); });
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < count; ++c) emit(r0 + r, c0 + c, out[r][c]);
+    }
+  }
+}
+
+}  // namespace dsmoe
