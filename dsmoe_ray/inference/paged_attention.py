@@ -123,23 +123,16 @@ class ChunkRows:
 
     def attend(self, cache: PagedKvCache, layer: int, q_TGQd: torch.Tensor, out_TGQd: torch.Tensor) -> None:
         """Fill the rows of these tokens."""
-        q_SGQd = q_TGQd[self.rows]
-        num_query_heads = q_SGQd.shape[2]
-        k_1GCd, v_1GCd = (tensor.transpose(0, 1)[None] for tensor in cache.read(layer, self.slots_C))
-        if self.mask_SC is None:
-            q_1HSd = q_SGQd.flatten(1, 2).transpose(0, 1)[None]
-            found_1HSd = functional.scaled_dot_product_attention(
-                q_1HSd, k_1GCd, v_1GCd, is_causal=True, enable_gqa=num_query_heads > 1
-            )
-            out_TGQd[self.rows] = found_1HSd[0].transpose(0, 1).unflatten(1, q_SGQd.shape[1:3])
-            return
-        found_1GRd = functional.scaled_dot_product_attention(
-            q_SGQd.permute(1, 2, 0, 3).flatten(1, 2)[None],
-            k_1GCd,
-            v_1GCd,
-            attn_mask=self.mask_SC.repeat(num_query_heads, 1),
+        q_GQSd = q_TGQd[self.rows].permute(1, 2, 0, 3)
+        # A KV head is seen by each of its query heads without a copy, and so is the mask.
+        k_GQCd, v_GQCd = (
+            tensor.transpose(0, 1)[:, None].expand(-1, q_GQSd.shape[1], -1, -1)
+            for tensor in cache.read(layer, self.slots_C)
         )
-        out_TGQd[self.rows] = found_1GRd[0].unflatten(1, (num_query_heads, -1)).permute(2, 0, 1, 3)
+        found_GQSd = functional.scaled_dot_product_attention(
+            q_GQSd, k_GQCd, v_GQCd, attn_mask=self.mask_SC, is_causal=self.mask_SC is None
+        )
+        out_TGQd[self.rows] = found_GQSd.permute(2, 0, 1, 3)
 
 
 @dataclass(frozen=True)

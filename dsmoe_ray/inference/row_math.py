@@ -6,7 +6,10 @@ of 1 to 3 differ from larger ones on one thread, rows of 5, 6, 7 and 9 too on tw
 every GEMM of a weight has the same number of rows here, one tile, padded; which number does it is tried out, because
 the rows of one tile must come out alike too. Element-wise functions with an exponential round differently in the last
 few elements of a tensor, or of a thread's part of it, where a vector register is not full: they run on pieces of whole
-registers, too short for a second thread. Sums, products, quotients and square roots are rounded correctly by any code.
+registers, too short for a second thread. Single additions, products, quotients and square roots are rounded correctly
+by any code. PyTorch's sums along a row (norms, softmax) take the same order for every row; a test holds it to that.
+
+A different number of threads, library or machine is another "exact": its rows differ from these in the last bits.
 
 Shape suffixes: T tokens, N columns out, K columns in, H heads, d head_dim, P half of head_dim.
 """

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.batch import ForwardBatch
 from dsmoe_ray.inference.decode_graphs import Capture, DecodeGraphs, DecodeInputs
 from dsmoe_ray.inference.expert_choice import Choice, TokenRules, choose
@@ -52,11 +53,11 @@ class TorchRunner:
             max_graph_seqs: On a GPU and with experts here, up to so many decoding sequences replay a CUDA graph.
 
         Raises:
-            ValueError: exact numerics on another device than a CPU.
+            ConfigError: exact numerics on another device than a CPU.
         """
         device = model.embedding.weight.device
         if numerics == "exact" and device.type != "cpu":
-            raise ValueError(
+            raise ConfigError(
                 f"numerics 'exact' is computed on a CPU; the model is on {device}. Use 'fast', or load it to the CPU."
             )
         self.config, self.block_size, self.num_blocks = model.config, block_size, num_blocks

@@ -73,6 +73,24 @@ def test_an_element_is_the_same_bits_wherever_it_stands(function, dtype, num_thr
         assert torch.equal(in_pieces(function, x[:, first : first + count]), whole[:, first : first + count])
 
 
+ALONG_A_ROW = {
+    "norm": lambda x: functional.rms_norm(x, x.shape[1:], eps=1e-6),
+    "softmax": lambda x: x.softmax(dim=-1),
+    "sum": lambda x: x.sum(-1),
+    "cumulative sum": lambda x: x.cumsum(-1),
+}
+
+
+@pytest.mark.parametrize("width", [6, 24, 100, 1000])
+@pytest.mark.parametrize("function", ALONG_A_ROW.values(), ids=ALONG_A_ROW)
+def test_sums_along_a_row_are_the_same_bits_among_any_number_of_rows(function, width, num_threads):
+    """Nothing of ours makes it so; exact numerics rely on it."""
+    x = randn(700, width)
+    whole = function(x)
+    for first, count in ((0, 1), (3, 2), (5, 17), (100, 333)):
+        assert torch.equal(function(x[first : first + count].clone()), whole[first : first + count])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_exact_rotation_is_the_models_rotation(dtype):
     x_THd = randn(5, 3, 8, dtype=dtype)

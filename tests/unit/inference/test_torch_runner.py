@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.inference.torch_runner import TorchRunner, finish
 from dsmoe_ray.model.config import ModelConfig
@@ -88,5 +89,5 @@ def test_the_cache_takes_the_memory_that_it_reports(model):
 
 
 def test_exact_numerics_are_refused_off_the_cpu(model):
-    with pytest.raises(ValueError, match="'exact' is computed on a CPU; the model is on meta"):
+    with pytest.raises(ConfigError, match="'exact' is computed on a CPU; the model is on meta"):
         TorchRunner(model.to("meta"), num_blocks=6, block_size=4, numerics="exact")
