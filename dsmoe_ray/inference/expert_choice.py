@@ -110,7 +110,7 @@ class Choice(NamedTuple):
         num_tokens, num_experts = self.probs_TE.shape
         if self.order_TE is None:
             ids_E = torch.arange(num_experts, dtype=torch.int32, device=self.probs_TE.device)
-            return ExpertAssignment(ids_E.expand(num_tokens, -1), self.probs_TE * self.gate_scale, all_experts=True)
+            return ExpertAssignment(ids_E.repeat(num_tokens, 1), self.probs_TE * self.gate_scale, all_experts=True)
         width = self.most_experts
         if shrink and self.num_kept_T is not None:
             width = max(int(self.num_kept_T.max()), 1)

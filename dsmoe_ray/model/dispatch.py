@@ -109,7 +109,7 @@ LOCAL_EXCHANGE = LocalExchange()
 
 
 class ExpertAssignment(NamedTuple):
-    """Which FFN experts of one layer each token wants, and with what weight; both ``(T, K)``."""
+    """Which FFN experts of one layer each token wants, and with what weight; both ``(T, K)`` and contiguous."""
 
     expert_ids_TK: torch.Tensor
     """int32, ascending per token, then -1 where a token wants fewer than K."""
