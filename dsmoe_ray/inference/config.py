@@ -28,9 +28,9 @@ class EngineConfig(Config):
     """The size of the KV cache in blocks, instead of in bytes."""
     prefix_cache: bool = True
     """Find the keys and values of a prompt's beginning if an earlier sequence began the same way."""
-    numerics: Literal["exact", "fast"] = "exact"
+    numerics: Literal["auto", "exact", "fast"] = "auto"
     """``exact``: a sequence's results do not depend on its neighbours, on chunks or on where it runs. ``fast``: they
-    agree to rounding."""
+    agree to rounding. ``auto`` is exact on a CPU and fast on a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What weights, keys and values are held in; ``auto`` takes the artifact's."""
 

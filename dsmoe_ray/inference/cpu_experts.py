@@ -7,6 +7,7 @@ Shape suffixes: T tokens of a call, D model width, E experts, F width of one exp
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from dsmoe_ray.inference.cpu_library import (
@@ -51,6 +52,11 @@ class CpuExperts:
         }
         self._call = ExpertCall(**{name: point(tensor) for name, tensor in self._scratch.items()})
         self._call_ref = reference(self._call)
+
+    def watch_routing(self, total_s: np.ndarray) -> None:
+        """Let the one number of ``total_s``, float64, grow by the time that grouping tokens by expert takes."""
+        self._total_s = total_s
+        self._call.routing_s = total_s.ctypes.data
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
         """Compute at once; see ``ExpertBackend``."""

@@ -93,7 +93,7 @@ class Step(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("num_tokens", "num_sequences", "max_blocks", "num_rules")),
-        *((name, c_void_p) for name in (*STEP_INPUTS, "y", *STEP_MEMORY)),
+        *((name, c_void_p) for name in (*STEP_INPUTS, "y", *STEP_MEMORY, "routing_s")),
     ]
 
 
@@ -113,7 +113,7 @@ class ExpertCall(Structure):
         *((name, c_int32) for name in ("num_tokens", "stride")),
         *((name, c_void_p) for name in ("expert_ids", "gates", "x", "y", "hidden")),
         *((name, c_void_p) for name in ("expert_starts", "pair_tokens", "pair_gates", "active_experts")),
-        *((name, c_void_p) for name in ("partial_starts", "partial")),
+        *((name, c_void_p) for name in ("partial_starts", "partial", "routing_s")),
     ]
 
 

@@ -8,7 +8,7 @@ Shape suffixes: T tokens of a step, R rows whose logits are wanted, D model widt
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class CpuRunner:
         num_blocks: int,
         max_tokens: int,
         max_seqs: int,
-        numerics: str = "exact",
+        numerics: Literal["exact", "fast"] = "exact",
         num_threads: int | None = None,
         experts: ExpertBackend | None = None,
     ) -> None:
@@ -116,6 +116,14 @@ class CpuRunner:
             self._model_ref, self._step_ref, rows_R.ctypes.data, len(rows_R), logits_RV.data_ptr()
         )
         return logits_RV
+
+    def watch_routing(self) -> np.ndarray:
+        """Return a number, ``(1,)`` float64, that grows by the seconds that routers, selection and grouping take."""
+        self._routing_s = np.zeros(1)
+        self._step.routing_s = self._routing_s.ctypes.data
+        if isinstance(self._experts, CpuExperts):
+            self._experts.watch_routing(self._routing_s)
+        return self._routing_s
 
     def _run_layers(self) -> Iterator[None]:
         """Run all layers, pausing while experts work, so that another step's trunk can run meanwhile."""

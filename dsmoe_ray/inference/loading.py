@@ -84,15 +84,21 @@ def build_runner(model: Transformer, config: EngineConfig) -> ModelRunner:
         bytes_per_block=_count_block_bytes(model.config, config.block_size, model.compute_dtype),
         max_seq_len=model.config.max_seq_len,
     )
-    if model.embedding.weight.device.type == "cpu":
+    is_cpu = model.embedding.weight.device.type == "cpu"
+    numerics = config.numerics
+    if numerics == "auto":
+        numerics = "exact" if is_cpu else "fast"
+    if is_cpu:
         try:
-            return _build_cpu_runner(model, config, num_blocks)
+            return _build_cpu_runner(model, config, num_blocks, numerics)
         except KernelsUnavailableError as error:
             _logger.warning("running in PyTorch, which is several times slower: %s", error)
-    return TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size, numerics=config.numerics)
+    return TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size, numerics=numerics)
 
 
-def _build_cpu_runner(model: Transformer, config: EngineConfig, num_blocks: int) -> CpuRunner:
+def _build_cpu_runner(
+    model: Transformer, config: EngineConfig, num_blocks: int, numerics: Literal["exact", "fast"]
+) -> CpuRunner:
     if config.block_size != BLOCK_SIZE:
         raise ConfigError(
             f"block_size={config.block_size}: on a CPU a block has {BLOCK_SIZE} positions. Leave block_size out."
@@ -102,7 +108,7 @@ def _build_cpu_runner(model: Transformer, config: EngineConfig, num_blocks: int)
         num_blocks=num_blocks,
         max_tokens=config.max_batched_tokens,
         max_seqs=config.max_num_seqs,
-        numerics=config.numerics,
+        numerics=numerics,
     )
 
 

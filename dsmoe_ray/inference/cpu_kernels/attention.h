@@ -84,8 +84,8 @@ inline void score_block(const T* keys, const T* next, int head_dim, const Query*
   for (int i = 0; i < kQueryTile; ++i) q[i] = queries[std::min(i, count - 1)].q;
   for (int c = 0; c < head_dim; ++c) {
     __builtin_prefetch(next + c * kBlockSize);
-    const Vec key = load(keys + c * kBlockSize);
-    for (int i = 0; i < kQueryTile; ++i) sums[i] += key * q[i][c];
+    const Vec key = keep(load(keys + c * kBlockSize));
+    for (int i = 0; i < kQueryTile; ++i) sums[i] += key * splat(q[i][c]);
   }
   for (int i = 0; i < count; ++i) store(scores + i * stride, sums[i]);
 }
@@ -105,19 +105,29 @@ inline float exponentiate(float* scores, int64_t length, int64_t padded_length) 
   return sum_lanes(total);
 }
 
-// Adds one block of values, weighted by the probabilities of its positions, for kDimTile vectors of channels.
-template <typename T>
-inline void add_values(const T* values, const T* next, int padded, int positions, int dims, const float* probs, int64_t stride,
-                       Vec (*sums)[kDimTile]) {
-  for (int p = 0; p < positions; ++p) {
-    Vec v[kDimTile];
-    for (int j = 0; j < kDimTile; ++j) __builtin_prefetch(next + p * padded + j * kLanes);
-    for (int j = 0; j < kDimTile; ++j) v[j] = keep(load(values + p * padded + std::min(j, dims - 1) * kLanes));
-    for (int i = 0; i < kQueryTile; ++i) {
-      const Vec prob = splat(probs[i * stride + p]);
-      for (int j = 0; j < kDimTile; ++j) sums[i][j] += v[j] * prob;
+// Sums of values, weighted by the probabilities of their positions, for `dims` vectors of channels from `first` on.
+// block_of(b) points to the values of the sequence's b-th block.
+template <int Dims, typename T, typename BlockOf>
+inline void weigh_values(BlockOf block_of, int64_t num_positions, int padded, int first, const float* probs,
+                         int64_t stride, Vec (*out)[kDimTile]) {
+  Vec sums[kQueryTile][Dims] = {};
+  const int64_t blocks = (num_positions + kBlockSize - 1) / kBlockSize;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const T* values = block_of(b) + first;
+    const T* next = block_of(std::min(b + 1, blocks - 1)) + first;
+    const int positions = int(std::min<int64_t>(kBlockSize, num_positions - b * kBlockSize));
+    for (int p = 0; p < positions; ++p, ++probs) {
+      for (int j = 0; j < Dims * kLanes; j += 64 / int(sizeof(T))) __builtin_prefetch(next + p * padded + j);
+      Vec v[Dims];
+      for (int j = 0; j < Dims; ++j) v[j] = keep(load(values + p * padded + j * kLanes));
+      for (int i = 0; i < kQueryTile; ++i) {
+        const Vec prob = keep(splat(probs[i * stride]));
+        for (int j = 0; j < Dims; ++j) sums[i][j] += v[j] * prob;
+      }
     }
   }
+  for (int i = 0; i < kQueryTile; ++i)
+    for (int j = 0; j < Dims; ++j) out[i][j] = sums[i][j];
 }
 
 // Attends for up to kQueryTile queries of one sequence and key/value head.
@@ -127,14 +137,16 @@ inline void attend_queries(const Model& model, const LayerWeights& layer, const 
   int64_t longest = 0;
   for (int i = 0; i < count; ++i) longest = std::max(longest, queries[i].length);
   const int64_t blocks = (longest + kBlockSize - 1) / kBlockSize, stride = blocks * kBlockSize;
+  scores.resize(size_t(stride) * kQueryTile);
   // Unused queries of the tile read zeros.
-  scores.assign(size_t(stride) * kQueryTile, 0.0f);
+  std::fill(scores.begin() + count * stride, scores.end(), 0.0f);
   const int32_t* table = step.block_tables + int64_t(sequence) * step.max_blocks;
   auto block_of = [&](const void* cache, int64_t b) {
     return static_cast<const T*>(cache) + cache_offset(model, table[b], kv_head);
   };
+  auto value_block = [&](int64_t b) { return block_of(layer.v_cache, b); };
   for (int64_t b = 0; b < blocks; ++b) {
-    const T* next = b + 1 < blocks ? block_of(layer.k_cache, b + 1) : block_of(layer.v_cache, 0);
+    const T* next = b + 1 < blocks ? block_of(layer.k_cache, b + 1) : value_block(0);
     score_block(block_of(layer.k_cache, b), next, model.head_dim, queries, count, scores.data() + b * kBlockSize,
                 stride);
   }
@@ -142,13 +154,13 @@ inline void attend_queries(const Model& model, const LayerWeights& layer, const 
   for (int i = 0; i < count; ++i) totals[i] = exponentiate(scores.data() + i * stride, queries[i].length, stride);
   const int padded = padded_head_dim(model);
   for (int first = 0; first < padded; first += kDimTile * kLanes) {
+    Vec sums[kQueryTile][kDimTile];
     const int dims = std::min(kDimTile, (padded - first) / kLanes);
-    Vec sums[kQueryTile][kDimTile] = {};
-    for (int64_t b = 0; b < blocks; ++b) {
-      const T* values = block_of(layer.v_cache, b) + first;
-      const T* next = block_of(layer.v_cache, std::min(b + 1, blocks - 1)) + first;
-      const int positions = int(std::min<int64_t>(kBlockSize, longest - b * kBlockSize));
-      add_values(values, next, padded, positions, dims, scores.data() + b * kBlockSize, stride, sums);
+    switch (dims) {
+      case 1: weigh_values<1, T>(value_block, longest, padded, first, scores.data(), stride, sums); break;
+      case 2: weigh_values<2, T>(value_block, longest, padded, first, scores.data(), stride, sums); break;
+      case 3: weigh_values<3, T>(value_block, longest, padded, first, scores.data(), stride, sums); break;
+      default: weigh_values<kDimTile, T>(value_block, longest, padded, first, scores.data(), stride, sums);
     }
     for (int i = 0; i < count; ++i) {
       const Query& query = queries[i];

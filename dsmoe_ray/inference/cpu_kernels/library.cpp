@@ -41,7 +41,11 @@ void trunk(const Model& model, const Step& step, int layer) {
 
 template <typename T>
 void experts(const ExpertWeights& weights, const ExpertCall& call) {
-  const int num_active = group_by_expert(weights, call);
+  int num_active = 0;
+  {
+    const RoutingTimer timer(call.routing_s);
+    num_active = group_by_expert(weights, call);
+  }
 #pragma omp parallel num_threads(weights.num_threads)
   run_experts<T>(weights, call, num_active);
 }

@@ -89,6 +89,7 @@ struct Step {
   int32_t* tiles;                  // (T, 2): sequence and first row of each attention tile
   int32_t* rule_top_k;             // (rules,)
   float* partial;                  // (streamed tokens, blocks of summed rows, D)
+  double* routing_s;               // grows by the seconds that routing takes, unless null
 };
 
 struct ExpertWeights {
@@ -117,6 +118,7 @@ struct ExpertCall {
   int32_t* active_experts;     // (E,)
   int32_t* partial_starts;     // (E,)
   float* partial;              // (streamed pairs, blocks of summed rows, D)
+  double* routing_s;           // grows by the seconds that grouping tokens takes, unless null
 };
 
 }  // namespace dsmoe

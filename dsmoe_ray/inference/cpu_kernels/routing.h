@@ -1,6 +1,9 @@
 // From router probabilities to the experts of a token: the rules of model/router.py, one token at a time.
 #pragma once
 
+#include <omp.h>
+
+#include <chrono>
 #include <cmath>
 #include <vector>
 
@@ -8,6 +11,22 @@
 #include "vectors.h"
 
 namespace dsmoe {
+
+// Adds the seconds of its life to a total, on the first thread and if there is a total.
+class RoutingTimer {
+ public:
+  explicit RoutingTimer(double* total_s) : total_s_(omp_get_thread_num() == 0 ? total_s : nullptr) {
+    if (total_s_) start_ = Clock::now();
+  }
+  ~RoutingTimer() {
+    if (total_s_) *total_s_ += std::chrono::duration<double>(Clock::now() - start_).count();
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double* total_s_;
+  Clock::time_point start_;
+};
 
 // Turns logits into probabilities in place.
 inline void softmax(float* values, int size) {

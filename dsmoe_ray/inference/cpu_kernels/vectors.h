@@ -98,11 +98,13 @@ inline float sum_lanes(Vec value) {
 }
 
 inline float max_lanes(Vec value) {
-  float lanes[kLanes];
-  store(lanes, value);
-  float best = lanes[0];
-  for (int i = 1; i < kLanes; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
+  VecHalf8 a = __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7);
+  VecHalf8 b = __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15);
+  VecHalf8 eight = a > b ? a : b;
+  VecHalf4 c = __builtin_shufflevector(eight, eight, 0, 1, 2, 3), d = __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+  VecHalf4 four = c > d ? c : d;
+  four = four > __builtin_shufflevector(four, four, 2, 3, 0, 1) ? four : __builtin_shufflevector(four, four, 2, 3, 0, 1);
+  return four[0] > four[1] ? four[0] : four[1];
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
