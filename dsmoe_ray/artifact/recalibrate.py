@@ -29,8 +29,8 @@ def update_routing(
         artifact: The model.
         ffn: What the FFN runs with from now on.
         calibration: How it was found; None removes what an earlier calibration left.
-        target: A new directory beside which nothing of that name may be; by default the artifact is replaced. Files
-            are hard links to the artifact's where the filesystem allows, and copies elsewhere.
+        target: Where to publish, see ``check_target``; by default the artifact is replaced. Files are hard links to the
+            artifact's where the filesystem allows, and copies elsewhere.
 
     Raises:
         ArtifactError: the directory cannot be written.

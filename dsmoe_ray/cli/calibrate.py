@@ -16,6 +16,7 @@ from dsmoe_ray import clock
 from dsmoe_ray.artifact.calibration_record import CalibrationRecord
 from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.artifact.recalibrate import update_routing
+from dsmoe_ray.artifact.save import check_target
 from dsmoe_ray.cli.evaluate import check_seq_len, open_text
 from dsmoe_ray.cli.validate import LOG_WIDTH
 from dsmoe_ray.errors import UserError
@@ -122,8 +123,8 @@ def _check_places(artifact: Path, out: Path | None, plot: Path | None, *, dry_ru
     """
     if out is not None and dry_run:
         raise UserError("--out and --dry-run exclude each other: a dry run writes no artifact. Leave one out.")
-    if out is not None and (out.exists() or out.is_symlink()):
-        raise UserError(f"--out {out} exists already; nothing there is replaced. Give the name of a new directory.")
+    if out is not None:
+        check_target(out)
     directory = (artifact if out is None else out).resolve()
     if plot is None:
         plot = directory.with_name(f"{directory.name}-calibration.png")

@@ -74,7 +74,7 @@ def _print(description: dict[str, Any], console: Console) -> None:
     head = f"{description['directory']}: {model['num_layers']} layers, d_model {model['d_model']}, "
     head += f"vocabulary {model['vocab_size']}, up to {model['max_seq_len']} tokens"
     console.print(Text(head, style="bold"))
-    tables = [_parts(model), _parameters(description), _provenance(description)]
+    tables: list[Table | Group] = [_parts(model), _parameters(description), _provenance(description)]
     tables += [] if description["calibration"] is None else [_calibration(description["calibration"])]
     tables.append(_files(description))
     console.print(Group(*(part for table in tables for part in ("", table))))
@@ -115,16 +115,15 @@ def _provenance(description: dict[str, Any]) -> Table:
     return table
 
 
-def _calibration(calibration: dict[str, Any]) -> Table:
+def _calibration(calibration: dict[str, Any]) -> Group:
     num_tokens = calibration["num_held_out_tokens"]
-    title = f"calibration for a budget of {calibration['budget']:g} on {calibration['data']}"
+    title = f"calibration for a budget of {calibration['budget']:g} on {calibration['data']}: {calibration['routing']}"
     table = _new_table("routing of the FFN", "active FFN", f"loss on {num_tokens:,} tokens", right=True)
-    table.title, table.title_justify = Text(title), "left"
     for point in calibration["frontier"]:
         is_chosen = point["routing"] == calibration["routing"]
         cells = (f"{point['active_ffn_ratio']:.1%}", f"{point['loss']:.4f}")
         table.add_row(Text(point["routing"]), *cells, style="bold" if is_chosen else None)
-    return table
+    return Group(Text(title), table)
 
 
 def _files(description: dict[str, Any]) -> Table:

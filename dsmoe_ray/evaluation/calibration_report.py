@@ -4,7 +4,6 @@ import hashlib
 import math
 from pathlib import Path
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +16,8 @@ from dsmoe_ray.model.config import RoutingConfig, RoutingMode
 
 PICTURE_FORMATS = (".png", ".svg", ".pdf")
 _DPI = 120
+_LEAST_LOSS = 1e-4
+"""A logarithmic axis has no zero, and less than this is chance."""
 _LINES = {
     RoutingMode.TOP_K: ("uniform top-k", "s-", "tab:gray"),
     RoutingMode.PER_LAYER_TOP_K: ("table of layers", "o-", "tab:blue"),
@@ -74,7 +75,7 @@ def to_table(record: CalibrationRecord, *, num_experts: int) -> Table:
     for header in ("experts", "active FFN", "perplexity", "vs all", "(choice: active", "vs all)"):
         table.add_column(header, justify="right")
     table.add_column("")
-    dense = next(point for point in record.frontier if point.routing == "dense")
+    dense = find_dense(record)
     for point in record.frontier:
         notes = {"chosen": record.routing, "deployed before": record.deployed_before}
         table.add_row(
@@ -91,19 +92,32 @@ def to_table(record: CalibrationRecord, *, num_experts: int) -> Table:
 
 
 def draw_frontier(record: CalibrationRecord) -> Figure:
-    """Draw loss over the share of FFN experts in use: quality against cost, by kind of routing."""
+    """Draw what is lost against all experts over the share of FFN experts in use, by kind of routing."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     points = [(RoutingConfig.parse(point.routing).mode, point) for point in record.frontier]
+    dense = find_dense(record)
     for mode, (label, style, color) in _LINES.items():
-        # Every line starts from all experts, which all kinds of routing have in common.
+        # Every line ends at all experts, which all kinds of routing have in common.
         line = [point for found, point in points if found in (mode, RoutingMode.DENSE)]
-        axes.plot(*_coordinates(line), style, color=color, label=label, markersize=4, linewidth=1.2)
+        axes.plot(*_coordinates(line, dense), style, color=color, label=label, markersize=4, linewidth=1.2)
     chosen = [point for point in record.frontier if point.routing == record.routing]
-    axes.plot(*_coordinates(chosen), "*", color="tab:red", markersize=14, label=f"chosen: {record.routing}")
+    axes.plot(*_coordinates(chosen, dense), "*", color="tab:red", markersize=14, label=f"chosen: {record.routing}")
     axes.axvline(record.budget, color="tab:red", linestyle=":", linewidth=1, label=f"budget {record.budget:g}")
-    _label(axes)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.3g}")
+    axes.set_yscale("log")
+    axes.set(
+        xlabel="share of FFN experts in use", ylabel=f"loss above all experts (nats, {_LEAST_LOSS:g} and less as one)"
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure
+
+
+def find_dense(record: CalibrationRecord) -> FrontierPoint:
+    """Return the point with all experts, which every frontier has."""
+    return next(point for point in record.frontier if point.routing == "dense")
 
 
 def save_picture(figure: Figure, path: Path) -> None:
@@ -115,14 +129,9 @@ def save_picture(figure: Figure, path: Path) -> None:
     replacement.replace(path)
 
 
-def _coordinates(points: list[FrontierPoint]) -> tuple[list[float], list[float]]:
+def _coordinates(points: list[FrontierPoint], dense: FrontierPoint) -> tuple[list[float], list[float]]:
     ordered = sorted(points, key=lambda point: point.active_ffn_ratio)
-    return [point.active_ffn_ratio for point in ordered], [point.loss for point in ordered]
-
-
-def _label(axes: Axes) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.3g}")
-    axes.set(xlabel="share of FFN experts in use", ylabel="loss (nats per token), on text that chose nothing")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    return (
+        [point.active_ffn_ratio for point in ordered],
+        [max(point.loss - dense.loss, _LEAST_LOSS) for point in ordered],
+    )

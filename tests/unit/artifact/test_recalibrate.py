@@ -12,6 +12,7 @@ from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.artifact.recalibrate import update_routing
 from dsmoe_ray.errors import ArtifactError
 from dsmoe_ray.model.config import RoutingConfig
+from tests.unit.artifact.conftest import TOKENIZER
 
 TABLE = RoutingConfig(mode="per_layer_top_k", per_layer_top_k=(5, 2))
 RECORD = CalibrationRecord.model_validate(
@@ -98,6 +99,14 @@ def test_a_later_routing_without_calibration_forgets_the_earlier_one(sharded):
     update_routing(load_artifact(sharded), ffn=RoutingConfig(), calibration=None)
     assert load_artifact(sharded).manifest.calibration is None
     assert b"calibration" not in (sharded / "manifest.json").read_bytes()
+
+
+def test_every_side_file_stays(publish):
+    directory = publish(chat_template="{{ messages }}", generation_config={"temperature": 0.5})
+    update_routing(load_artifact(directory), ffn=TABLE, calibration=RECORD)
+    after = load_artifact(directory)
+    assert (directory / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert after.generation_config["temperature"] == 0.5 and after.tokenizer_json == TOKENIZER
 
 
 def test_files_that_someone_put_beside_the_weights_stay(sharded):

@@ -98,7 +98,8 @@ def test_a_calibration_is_told(artifact, capsys):
     _, out, _ = run(capsys, artifact, "--verify")
     for text in ("calibration for a budget of 0.7 on some/text", "loss on 1,100 tokens", "66.7%", "1.5000"):
         assert text in out
-    assert out.count("per_layer_top_k=3,1") == 2
+    # As deployed, as chosen and on the frontier.
+    assert out.count("per_layer_top_k=3,1") == 3
 
 
 def test_damage_is_a_mistake_of_the_files_and_named(artifact, capsys):
