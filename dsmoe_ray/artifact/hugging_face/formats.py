@@ -139,6 +139,11 @@ def num_layouts(kind: Format) -> int:
     return len(_LAYERS[kind])
 
 
+def first_names(kind: Format, layout: int) -> set[str]:
+    """Return the names in a layout of the first layer's tensors, of experts those of the first."""
+    return {f"model.layers.0.{move.theirs.replace('{expert}', '0')}" for move in _LAYERS[kind][layout]}
+
+
 def iterate_moves(kind: Format, config: ModelConfig, *, layout: int = 0) -> Iterator[Move]:
     """Return every tensor of the model in a format, the trunk's first, then layer by layer."""
     yield Move("model.embed_tokens.weight", ("embedding.weight",))

@@ -174,17 +174,16 @@ class GraniteMoeFields(GqaFields):
     def to_scales(self) -> dict[str, float]:
         """Return the factors of parameters of ours."""
         scales = {
-            "attention.wq": self.attention_multiplier * self.to_head_dim() ** 0.5,
+            "attention.wq": _without_rounding(self.attention_multiplier * self.to_head_dim() ** 0.5),
             "attention.wo": self._output_factor,
             "norm.weight": 1.0 / self.logits_scaling,
         }
-        # 1 / sqrt(head_dim) is rarely a whole float; its last digit is no multiplier.
-        return {name: factor for name, factor in scales.items() if not math.isclose(factor, 1.0, rel_tol=1e-15)}
+        return {name: factor for name, factor in scales.items() if factor != 1.0}
 
     def to_folded(self) -> list[str]:
         """Return which multipliers went where, one sentence each."""
         told = []
-        if self.attention_multiplier != self.to_head_dim() ** -0.5:
+        if "attention.wq" in self.to_scales():
             told.append(f"attention_multiplier={self.attention_multiplier} into wq")
         if self._output_factor != 1.0:
             told.append(
@@ -288,3 +287,9 @@ def _to_router(top_k: int, *, gates: str = "renormalized", gate_scale: float = 1
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _without_rounding(factor: float) -> float:
+    """Return the power of two that a factor misses by its last digit only, else the factor: roots are rarely exact."""
+    power = 2.0 ** round(math.log2(factor))
+    return power if math.isclose(factor, power, rel_tol=1e-15) else factor

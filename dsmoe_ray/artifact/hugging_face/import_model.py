@@ -11,6 +11,7 @@ from dsmoe_ray.artifact.hugging_face.formats import (
     Move,
     count_tensors,
     find_scale,
+    first_names,
     is_power_of_two,
     iterate_moves,
     num_layouts,
@@ -105,24 +106,17 @@ def _check_weights(plan: ImportPlan, weights: CheckpointWeights) -> int:
 
 
 def _find_layout(plan: ImportPlan, weights: CheckpointWeights) -> int:
-    """Return the way of naming that most tensors follow."""
-    config, found = plan.model_config, len(weights.entries)
-    fitting = []
-    for layout in range(num_layouts(plan.kind)):
-        # Counted first: a config may ask for more tensors than could be listed.
-        if count_tensors(plan.kind, config, layout=layout) <= found:
-            fitting.append(layout)
-    if not fitting:
-        least = min(count_tensors(plan.kind, config, layout=layout) for layout in range(num_layouts(plan.kind)))
+    """Return the way of naming that the first layer follows best."""
+    config, found = plan.model_config, weights.entries.keys()
+    layout = max(range(num_layouts(plan.kind)), key=lambda layout: len(first_names(plan.kind, layout) & found))
+    # Counted first: a config may ask for more tensors than could be listed.
+    wanted = count_tensors(plan.kind, config, layout=layout)
+    if wanted > len(found):
         raise ArtifactError(
-            f"{weights.directory} holds {found} tensors; config.json describes a {plan.kind} model of at least "
-            f"{least}. Copy the model from its source again."
+            f"{weights.directory} holds {len(found)} tensors; config.json describes a {plan.kind} model of {wanted}. "
+            "Copy the model from its source again."
         )
-    return max(fitting, key=lambda layout: len(weights.entries.keys() & _names(plan, layout)))
-
-
-def _names(plan: ImportPlan, layout: int) -> set[str]:
-    return set(their_shapes(plan.kind, plan.model_config, layout=layout))
+    return layout
 
 
 def _check_entry(name: str, weights: CheckpointWeights, shape: Shape) -> None:

@@ -49,7 +49,7 @@ def describe_tokenizer(tokenizer_json: str, token_ids: Mapping[str, Any], *, max
 
 
 def _text_of(backend: Tokenizer, token_id: Any, role: str) -> str:
-    text = backend.id_to_token(token_id) if isinstance(token_id, int) and 0 <= token_id < 1 << 32 else None
+    text = backend.id_to_token(token_id) if type(token_id) is int and 0 <= token_id < 1 << 32 else None
     if text is None:
         raise ArtifactError(
             f"generation_config.json names token {token_id!r} as {role}_token_id, which the tokenizer does not have."
