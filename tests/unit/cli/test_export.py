@@ -84,7 +84,9 @@ def test_folded_multipliers_are_told_to_a_person(artifact, tmp_path, capsys):
         pytest.param([], "Missing option '--format'", id="no format"),
         pytest.param(["--format", "mixtral", "--routing", "threshold=0.5"], "run dense or top_k=K only", id="routing"),
         pytest.param(["--format", "mixtral", "--routing", "top_k=7"], "more than its 6 FFN experts", id="k beyond N"),
-        pytest.param(["--format", "mixtral", "--max-file-bytes", "0"], "Invalid value for '--max-file-bytes'", id="file size"),
+        pytest.param(
+            ["--format", "mixtral", "--max-file-bytes", "0"], "Invalid value for '--max-file-bytes'", id="file size"
+        ),
     ],
 )
 def test_a_mistaken_export_is_one_message_and_leaves_nothing(artifact, tmp_path, capsys, arguments, message):

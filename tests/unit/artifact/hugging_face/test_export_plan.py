@@ -91,6 +91,13 @@ def test_the_formats_that_hold_a_model(config, expected):
             "none as it is routed; granitemoe or mixtral or qwen2_moe with --routing dense",
             id="threshold",
         ),
+        pytest.param(
+            make_config().with_ffn_routing(RoutingConfig(mode="per_layer_top_k", per_layer_top_k=(1, 2, 3))),
+            "qwen2_moe",
+            "not per_layer_top_k=1,2,3: add --routing top_k=K or dense",
+            "none as it is routed; granitemoe or mixtral or qwen2_moe with --routing dense",
+            id="table of layers",
+        ),
     ],
 )
 def test_a_refusal_tells_the_reason_and_the_nearest_format(config, kind, reason, nearest):
