@@ -33,6 +33,10 @@ class Spread:
         """Summarise measurements; there must be at least one."""
         return cls(statistics.median(values), min(values), max(values), len(values))
 
+    def scaled(self, factor: float) -> "Spread":
+        """Return the spread of the measurements times a positive number."""
+        return Spread(self.median * factor, self.min * factor, self.max * factor, self.count)
+
 
 @dataclass(frozen=True)
 class Bar:
@@ -68,7 +72,7 @@ class Row:
     name: str
     what: str
     unit: str
-    bar: Bar
+    bar: Bar | None
     status: Literal["measured", "skipped", "failed"] = "measured"
     reason: str | None = None
     """Why nothing was measured."""
@@ -80,8 +84,10 @@ class Row:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the bar is met; None without a figure."""
-        return None if self.measurement is None else self.bar.is_met_by(self.measurement.figure.median)
+        """Whether the bar is met; None without a figure or a bar."""
+        if self.measurement is None or self.bar is None:
+            return None
+        return self.bar.is_met_by(self.measurement.figure.median)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -93,7 +99,7 @@ class Row:
             "reason": self.reason,
             "unit": self.unit,
             "figure": None if found is None else asdict(found.figure),
-            "bar": {self.bar.kind: self.bar.value},
+            "bar": None if self.bar is None else {self.bar.kind: self.bar.value},
             "passed": self.passed,
             "ours": {} if found is None else found.ours,
             "baseline": {} if found is None else found.baseline,

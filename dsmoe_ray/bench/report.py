@@ -7,6 +7,8 @@ from rich.table import Table
 
 from dsmoe_ray.bench.measure import Row
 
+_VERDICTS = {True: "met", False: "missed", None: ""}
+
 
 def to_table(rows: Sequence[Row]) -> Table:
     """Return one line a row: figure with its spread, bar, both sides' speeds."""
@@ -15,16 +17,17 @@ def to_table(rows: Sequence[Row]) -> Table:
         table.add_column(header, justify="left" if header in ("comparison", "") else "right")
     for row in rows:
         found = row.measurement
+        bar = "" if row.bar is None else str(row.bar)
         if found is None:
-            table.add_row(row.name, "-", "", str(row.bar), f"{row.status}: {row.reason}", "", "")
+            table.add_row(row.name, "-", "", bar, f"{row.status}: {row.reason}", "", "")
             continue
         figure = found.figure
         table.add_row(
             row.name,
             f"{figure.median:.2f}",
             f"{figure.min:.2f} - {figure.max:.2f}",
-            str(row.bar),
-            "met" if row.passed else "missed",
+            bar,
+            _VERDICTS[row.passed],
             _speed(found.ours),
             _speed(found.baseline),
         )

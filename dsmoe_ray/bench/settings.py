@@ -1,6 +1,7 @@
 """How a bench is to measure, the same for all of its rows. Pure data; imports no torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dsmoe_ray.bench.measure import Turns
@@ -16,6 +17,9 @@ class Settings:
     num_pairs: int = 8
     quick: bool = False
     """A look, not a measurement: fewer pairs, one step a turn."""
+
+    peers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Other engines by name: the command that starts the worker of each, without model and type."""
 
     def turns(self, *, steps_per_turn: int = 1) -> Turns:
         """Return how often sides take turns, with the turn length that suits a full measurement."""

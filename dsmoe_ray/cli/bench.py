@@ -1,4 +1,4 @@
-"""``dsmoe bench train``: measured ratios against named baselines, side by side in one run."""
+"""``dsmoe bench train`` and ``dsmoe bench infer``: measured ratios against named baselines, side by side in one run."""
 
 import contextlib
 import json
@@ -10,8 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dsmoe_ray.bench import infer, train
+from dsmoe_ray.bench.comparisons import measure_all
+from dsmoe_ray.bench.peer_process import parse_peer
 from dsmoe_ray.bench.settings import Settings
-from dsmoe_ray.bench.train import choose_comparisons, measure_all
 from dsmoe_ray.cli.train import LOCAL_RAY_ENVIRONMENT
 from dsmoe_ray.errors import ConfigError
 
@@ -20,6 +22,10 @@ class Subject(StrEnum):
     """What is measured."""
 
     TRAIN = "train"
+    INFER = "infer"
+
+
+_BENCHES = {Subject.TRAIN: train, Subject.INFER: infer}
 
 
 class Device(StrEnum):
@@ -38,11 +44,24 @@ def command(
     pairs: Annotated[int, typer.Option(min=1, help="Pairs of turns in each comparison.")] = 8,
     quick: Annotated[bool, typer.Option("--quick", help="A look, not a measurement: fewer and shorter turns.")] = False,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COMMAND",
+            help="Another engine for infer: transformers, llama_cpp or vllm, and how to start its worker; repeatable.",
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Compute threads in total, on a CPU.")] = 2,
 ) -> None:
-    """Measure our training step against named baselines, side by side; a bar that is missed is no error."""
-    settings = Settings(device=device.value, num_threads=threads, num_pairs=pairs, quick=quick)
-    comparisons = choose_comparisons(only or (), settings)
+    """Measure our training step or engine against named baselines, side by side; a bar that is missed is no error."""
+    settings = Settings(
+        device=device.value,
+        num_threads=threads,
+        num_pairs=pairs,
+        quick=quick,
+        peers=dict(parse_peer(spec) for spec in peer or ()),
+    )
+    comparisons = _BENCHES[subject].choose_comparisons(only or (), settings)
     for name, value in LOCAL_RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import torch

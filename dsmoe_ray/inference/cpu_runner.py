@@ -83,7 +83,7 @@ class CpuRunner:
         num_threads = num_threads or torch.get_num_threads()
         dtype = model.embedding.weight.dtype
         self._kernels = load_kernels()
-        self._experts = experts or CpuExperts(model, max_tokens=max_tokens, num_threads=num_threads)
+        self.experts = experts or CpuExperts(model, max_tokens=max_tokens, num_threads=num_threads)
         self._transformer = model
         self._cache = _allocate_cache(model.config, num_blocks, dtype)
         self._model = _describe_model(model, self._cache, num_threads, mean_over_step=numerics == "fast")
@@ -121,8 +121,8 @@ class CpuRunner:
         """Return a number, ``(1,)`` float64, that grows by the seconds that routers, selection and grouping take."""
         self._routing_s = np.zeros(1)
         self._step.routing_s = self._routing_s.ctypes.data
-        if isinstance(self._experts, CpuExperts):
-            self._experts.watch_routing(self._routing_s)
+        if isinstance(self.experts, CpuExperts):
+            self.experts.watch_routing(self._routing_s)
         return self._routing_s
 
     def _run_layers(self) -> Iterator[None]:
@@ -134,10 +134,10 @@ class CpuRunner:
         self._kernels.dsmoe_embed(self._model_ref, self._step_ref)
         for layer in range(self.config.num_layers):
             self._kernels.dsmoe_trunk(self._model_ref, self._step_ref, layer)
-            handle = self._experts.dispatch(layer, x_TD, assignment)
+            handle = self.experts.dispatch(layer, x_TD, assignment)
             yield
             # The next layer's trunk begins by adding it.
-            y_TD = self._experts.combine(handle)
+            y_TD = self.experts.combine(handle)
             self._step.y = y_TD.data_ptr()
         # Until the last sum is added it must stay alive.
         self._y_TD = y_TD

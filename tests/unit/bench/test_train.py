@@ -2,10 +2,11 @@
 
 import pytest
 
+from dsmoe_ray.bench.comparisons import Comparison, measure_all
 from dsmoe_ray.bench.measure import Bar
 from dsmoe_ray.bench.report import to_json, to_table
 from dsmoe_ray.bench.settings import Settings
-from dsmoe_ray.bench.train import COMPARISONS, GPU_COMPARISON, Comparison, choose_comparisons, measure_all
+from dsmoe_ray.bench.train import COMPARISONS, GPU_COMPARISON, choose_comparisons
 from dsmoe_ray.errors import ConfigError
 
 
@@ -35,7 +36,7 @@ def test_a_comparison_whose_package_is_absent_is_skipped(monkeypatch):
     def import_nothing(name):
         raise ModuleNotFoundError("none", name="transformers")
 
-    monkeypatch.setattr("dsmoe_ray.bench.train.importlib.import_module", import_nothing)
+    monkeypatch.setattr("dsmoe_ray.bench.comparisons.importlib.import_module", import_nothing)
     [row] = measure_all([make_comparison()], Settings())
     assert (row.status, row.reason) == ("skipped", "the package transformers is not installed")
     assert row.passed is None

@@ -1,0 +1,57 @@
+"""Memory at the peak of loading a model and generating with it, in a process of its own.
+
+Run as a program it is that process: ``python -m dsmoe_ray.bench.engine_memory WORKLOAD ARTIFACT BATCH_SIZE``.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dsmoe_ray.artifact.load import load_artifact
+from dsmoe_ray.bench.engine_side import EngineSide, build_engine, publish
+from dsmoe_ray.bench.engine_workloads import ENGINE_WORKLOADS
+from dsmoe_ray.bench.measure import Measurement, Spread
+from dsmoe_ray.bench.settings import Settings
+from dsmoe_ray.bench.worker import read_memory, reset_peak
+from dsmoe_ray.bench.workloads import Dtype
+from dsmoe_ray.errors import BenchError
+
+_TIMEOUT_S = 600
+
+
+def measure_peak(settings: Settings, *, workload: str, dtype: Dtype, batch_size: str) -> Measurement:
+    """Return the peak above the empty process over weights and KV cache, mapped pages of the weights counted."""
+    artifact = publish(workload, dtype)
+    command = [sys.executable, "-m", __name__, workload, str(artifact), batch_size]
+    repeats = 1 if settings.quick else 3
+    found = [_run(command) for _ in range(repeats)]
+    ratios = [one["peak_bytes"] / (one["weight_bytes"] + one["kv_cache_bytes"]) for one in found]
+    return Measurement(figure=Spread.of(ratios), ours=found[0])
+
+
+def _run(command: list[str]) -> dict[str, int]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    if done.returncode != 0:
+        raise BenchError(f"the measured process failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout)
+
+
+def generate(workload: str, artifact: Path, batch_size: int) -> dict[str, int]:
+    """Load an engine, generate one batch, and return what this process held at most above what it held before."""
+    shape, cpu = ENGINE_WORKLOADS[workload], torch.device("cpu")
+    empty_bytes = read_memory(cpu)["now_bytes"]
+    reset_peak(cpu)
+    engine = build_engine(shape, artifact, batch_size=batch_size)
+    EngineSide(engine, shape, batch_size=batch_size).run(1)
+    return {
+        "peak_bytes": read_memory(cpu)["peak_bytes"] - empty_bytes,
+        "weight_bytes": load_artifact(artifact).size_bytes,
+        "kv_cache_bytes": engine.status.kv_cache_bytes,
+    }
+
+
+if __name__ == "__main__":
+    json.dump(generate(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])), sys.stdout)
