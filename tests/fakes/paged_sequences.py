@@ -24,6 +24,13 @@ class PagedSequences:
         free = list(generator.permutation(runner.num_blocks))
         self.tables = [[free.pop() for _ in range(-(-length // runner.block_size))] for length in lengths]
 
+    def share_blocks(self, first, other, *, num_blocks):
+        """Let another sequence begin with the blocks of the first, and so with its tokens."""
+        num_tokens = num_blocks * self.runner.block_size
+        self.tokens[other][:num_tokens] = self.tokens[first][:num_tokens]
+        self.tables[other][:num_blocks] = self.tables[first][:num_blocks]
+        self.computed[other] = num_tokens
+
     def batch(self, chunks, *, wanted=None):
         """Return the next ``num_tokens`` of each ``(sequence, num_tokens)`` as a batch."""
         sizes = [size for _, size in chunks]
