@@ -1,6 +1,6 @@
 """Peer: ``generate`` of transformers.
 
-The first time it meets a batch size it tries every implementation of experts and keeps the fastest for it, so that a
+The first time it meets a batch size it tries the implementations of experts and keeps the fastest for it, so that a
 caller who warms up compares with its best.
 """
 
@@ -10,7 +10,9 @@ import torch
 import transformers
 from worker_protocol import parse_arguments, serve
 
-_IMPLEMENTATIONS = ("grouped_mm", "batched_mm", "eager")
+_IMPLEMENTATIONS = ("grouped_mm", "eager", "batched_mm")
+# Not batched_mm, which copies the weights of every expert of every token: gigabytes for a batch of prompts.
+_TRIED = ("grouped_mm", "eager")
 _TRIAL_TOKENS = 6
 _TRIAL_ROUNDS = 2
 
@@ -39,7 +41,7 @@ class TransformersEngine:
         for parameter in self._model.parameters():
             # Loaded weights may be views of the mapped file, at addresses that slow kernels down.
             parameter.data = parameter.data.clone()
-        self._choices = () if arguments.experts == "auto" else (arguments.experts,)
+        self._choices = _TRIED if arguments.experts == "auto" else (arguments.experts,)
         self._cache = arguments.cache
         self._chosen = {}
         self.about = {"engine": f"transformers {transformers.__version__}", "torch": torch.__version__}
@@ -60,7 +62,7 @@ class TransformersEngine:
         batch = len(prompts)
         if batch not in self._chosen:
             trial_s = {}
-            for implementation in self._choices or _IMPLEMENTATIONS:
+            for implementation in self._choices:
                 self._model.set_experts_implementation(implementation)
                 rounds = [sum(self._generate(prompts, _TRIAL_TOKENS)[:2]) for _ in range(_TRIAL_ROUNDS)]
                 trial_s[implementation] = min(rounds)
