@@ -10,7 +10,10 @@ import torch
 
 from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.data.tokenizer import parse_tokenizer
-from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.config import EngineConfig
+from dsmoe_ray.inference.generation import Generator
+from dsmoe_ray.inference.loading import load_engine, load_model
+from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.model.transformer import deployed_routing
 from tests.fakes.other_transformers import VERSIONS, read_outcome, run_jobs
 from tests.fakes.transformers_side import NUM_GENERATED, PROMPT_LENGTH
@@ -66,7 +69,7 @@ def test_a_trained_model_computes_the_same_under_transformers(trained, tmp_path)
     artifact = load_artifact(run_dir / "artifact")
     tokenizer = parse_tokenizer(artifact.tokenizer_json, source="the artifact")
     tokens = torch.from_numpy(tokenizer.encode(TEXT))[None]
-    model = load_model(artifact)
+    model = load_model(artifact, dtype="float32")
     logits = model(tokens, routing=deployed_routing(model.config)).logits_BSV
     generated = continue_greedily(model, tokens, artifact.generation_config["eos_token_id"])
     for version in VERSIONS:
@@ -87,6 +90,13 @@ def test_a_trained_model_computes_the_same_under_transformers(trained, tmp_path)
             assert outcome["generated"].tolist() == generated
             assert (outcome["ids"], outcome["decoded"]) == (tokens[0].tolist(), TEXT)
     for name in formats:
-        back = load_model(load_artifact(run_dir / f"{name}-back"))
+        returned = load_artifact(run_dir / f"{name}-back")
+        back = load_model(returned, dtype="float32")
         found = back(tokens, routing=deployed_routing(back.config)).logits_BSV
         torch.testing.assert_close(found, logits, rtol=0.0, atol=1e-4)
+        generator = Generator(load_engine(returned, EngineConfig(numerics="exact")))
+        request = GenerationRequest(prompt_ids=tokens[0, :PROMPT_LENGTH].tolist(), max_tokens=NUM_GENERATED)
+        [outputs] = generator.run([request])
+        # The engine keeps the token that ends a text to itself.
+        found = [output.token.token_id for output in outputs if output.token is not None]
+        assert found == [token for token in generated if token != artifact.generation_config["eos_token_id"]]

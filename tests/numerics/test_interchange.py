@@ -6,6 +6,7 @@ about 1e-5; 1e-4 is the bound that users are promised, taken absolutely.
 """
 
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from dsmoe_ray.artifact.hugging_face.formats import Format
 from dsmoe_ray.artifact.hugging_face.import_model import import_model, open_model
 from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.artifact.save import save_artifact
-from dsmoe_ray.data.tokenizer import parse_tokenizer
-from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.config import EngineConfig
+from dsmoe_ray.inference.generation import Generator
+from dsmoe_ray.inference.loading import load_engine, load_model
+from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.model.config import ModelConfig, RoutingConfig
 from dsmoe_ray.model.transformer import LayerRouting, deployed_routing
 from tests.fakes.other_transformers import VERSIONS, read_outcome, run_jobs
@@ -75,9 +78,25 @@ def theirs(request, exported, saved):
     return {name: (job, read_outcome(job)) for name, job in jobs.items()}
 
 
+def run_forward(artifact):
+    """Logits of the plain forward pass with the deployed routing."""
+    model = load_model(artifact, dtype="float32")
+    return model(TOKENS, routing=deployed_routing(model.config)).logits_BSV
+
+
+def run_engine(artifact):
+    """A greedy continuation by the engine."""
+    request = GenerationRequest(
+        prompt_ids=TOKENS[0, :PROMPT_LENGTH].tolist(), max_tokens=NUM_GENERATED, ignore_eos=True
+    )
+    config = EngineConfig(dtype="float32", numerics="exact", max_num_seqs=1)
+    [outputs] = Generator(load_engine(artifact, config)).run([request])
+    return torch.tensor([output.token.token_id for output in outputs])
+
+
 def ours(artifact, routing=None):
     """Logits and a greedy continuation by the plain forward pass, without a cache."""
-    model = load_model(artifact)
+    model = load_model(artifact, dtype="float32")
     rules = deployed_routing(model.config) if routing is None else routing
     logits = model(TOKENS, routing=rules).logits_BSV
     sequence = TOKENS[:1, :PROMPT_LENGTH]
@@ -88,25 +107,35 @@ def ours(artifact, routing=None):
     return logits, sequence[0, PROMPT_LENGTH:]
 
 
-def compare(artifact, outcome, routing=None):
-    logits, generated = ours(artifact, routing)
+def compare(found, outcome):
+    logits, generated = found
     assert logits.std() > 0.3, "too small for the tolerance to mean anything"
     torch.testing.assert_close(logits, outcome["logits"], **TOLERANCE)
     assert generated.tolist() == outcome["generated"].tolist()
     assert len(set(generated.tolist())) >= 3, "a model that repeats itself proves little"
 
 
+@pytest.fixture(scope="module")
+def computed(exported):
+    """Return what each exported model of ours computes, once for all versions."""
+
+    @cache
+    def compute(name):
+        artifact = load_artifact(exported[name] / "artifact")
+        rule = EXPORTS[name].routing
+        if rule is None:
+            return ours(artifact)
+        attention = rule if artifact.model_config.attention.kind == "moa" else RoutingConfig()
+        return ours(artifact, [LayerRouting(attention, rule)] * artifact.model_config.num_layers)
+
+    return compute
+
+
 @pytest.mark.parametrize("name", EXPORTS)
-def test_an_exported_model_computes_the_same(name, theirs, exported):
+def test_an_exported_model_computes_the_same(name, theirs, computed):
     _, outcome = theirs[name]
     assert not any(outcome[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    artifact = load_artifact(exported[name] / "artifact")
-    rule = EXPORTS[name].routing
-    routing = None
-    if rule is not None:
-        attention = rule if artifact.model_config.attention.kind == "moa" else RoutingConfig()
-        routing = [LayerRouting(attention, rule)] * artifact.model_config.num_layers
-    compare(artifact, outcome, routing)
+    compare(computed(name), outcome)
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -127,8 +156,7 @@ def test_an_imported_model_computes_the_same(name, theirs, tmp_path):
     (source / "tokenizer.json").write_text(make_tokenizer().to_json())
     import_model(open_model(source), tmp_path / "artifact", provenance={})
     artifact = load_artifact(tmp_path / "artifact")
-    compare(artifact, outcome)
-    parse_tokenizer(artifact.tokenizer_json, source="the artifact", vocab_size=VOCAB_SIZE)
+    compare((run_forward(artifact), run_engine(artifact)), outcome)
 
 
 @pytest.mark.parametrize("kind", Format)

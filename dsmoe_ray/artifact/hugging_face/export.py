@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dsmoe_ray.artifact.hugging_face.export_plan import ExportPlan
@@ -57,10 +58,10 @@ def export_model(
     # Read before anything is written, as they may turn out to be unusable.
     small_files = _to_small_files(artifact, plan, dtype)
     staging = directory.with_name(f".staging-{directory.name}")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    delete_directory(staging)
-    staging.mkdir()
     try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        delete_directory(staging)
+        staging.mkdir()
         writer = _ShardWriter(staging, max_file_bytes=max_file_bytes)
         for name, tensor in _iterate_tensors(artifact, plan):
             writer.add(name, tensor.to(dtype))
@@ -69,6 +70,8 @@ def export_model(
             write_durably(staging / name, data)
         files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
         commit_directory(staging, directory)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{directory} cannot be written: {error}. Give another directory to write to.") from error
     finally:
         delete_directory(staging)
     return WrittenModel(directory, dtype, files)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from dsmoe_ray.artifact.hugging_face.checkpoint import CheckpointWeights, read_object, read_text
 from dsmoe_ray.artifact.hugging_face.formats import (
@@ -74,15 +75,20 @@ def import_model(opened: OpenedModel, directory: Path, *, provenance: Mapping[st
     check_target(directory)
     with CheckpointWeights(opened.directory) as weights:
         layout = _check_weights(opened.plan, weights)
-        return save_artifact(
-            directory,
-            model_config=opened.plan.model_config,
-            tensors=_iterate_parameters(opened.plan, weights, layout),
-            tokenizer_json=opened.tokenizer_json,
-            provenance=provenance,
-            generation_config=opened.generation_config,
-            chat_template=opened.chat_template,
-        )
+        try:
+            return save_artifact(
+                directory,
+                model_config=opened.plan.model_config,
+                tensors=_iterate_parameters(opened.plan, weights, layout),
+                tokenizer_json=opened.tokenizer_json,
+                provenance=provenance,
+                generation_config=opened.generation_config,
+                chat_template=opened.chat_template,
+            )
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"{directory} cannot be written: {error}. Give another directory to write to."
+            ) from error
 
 
 def _check_weights(plan: ImportPlan, weights: CheckpointWeights) -> int:

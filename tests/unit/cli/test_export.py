@@ -111,3 +111,12 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(artifact, tmp_path, 
     code, _, err = run(capsys, "import", str(stock), str(tmp_path / "back"))
     assert code == 2 and "is not a tokenizer.json" in err
     assert not (tmp_path / "back").exists()
+
+
+def test_a_place_that_cannot_be_written_is_a_mistake_too(artifact, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    run(capsys, "export", artifact, str(tmp_path / "stock"), "--format", "mixtral")
+    inside = str(tmp_path / "file" / "out")
+    for arguments in (["export", artifact, inside, "--format", "mixtral"], ["import", str(tmp_path / "stock"), inside]):
+        code, _, err = run(capsys, *arguments)
+        assert code == 2 and "out cannot be " in err and len(err.splitlines()) == 1
