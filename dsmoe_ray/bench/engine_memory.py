@@ -1,6 +1,7 @@
 """Memory at the peak of loading a model and generating with it, in a process of its own.
 
-Run as a program it is that process: ``python -m dsmoe_ray.bench.engine_memory WORKLOAD ARTIFACT BATCH_SIZE``.
+Run as a program it is that process: ``python -m dsmoe_ray.bench.engine_memory WORKLOAD ARTIFACT BATCH_SIZE
+SMALL_ARTIFACT``; the small model is run first.
 """
 
 import json
@@ -15,7 +16,7 @@ from dsmoe_ray.bench.engine_side import EngineSide, build_engine, publish
 from dsmoe_ray.bench.engine_workloads import ENGINE_WORKLOADS
 from dsmoe_ray.bench.measure import Measurement, Spread
 from dsmoe_ray.bench.settings import Settings
-from dsmoe_ray.bench.worker import read_memory, reset_peak
+from dsmoe_ray.bench.worker import read_memory, reset_peak, return_free_memory
 from dsmoe_ray.bench.workloads import Dtype
 from dsmoe_ray.errors import BenchError
 
@@ -24,8 +25,8 @@ _TIMEOUT_S = 600
 
 def measure_peak(settings: Settings, *, workload: str, dtype: Dtype, batch_size: str) -> Measurement:
     """Return the peak above the empty process over weights and KV cache, mapped pages of the weights counted."""
-    artifact = publish(workload, dtype)
-    command = [sys.executable, "-m", __name__, workload, str(artifact), batch_size]
+    artifact, small = publish(workload, dtype), publish("quickstart", dtype)
+    command = [sys.executable, "-m", __name__, workload, str(artifact), batch_size, str(small)]
     repeats = 1 if settings.quick else 3
     found = [_run(command) for _ in range(repeats)]
     ratios = [one["peak_bytes"] / (one["weight_bytes"] + one["kv_cache_bytes"]) for one in found]
@@ -39,19 +40,26 @@ def _run(command: list[str]) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
-def generate(workload: str, artifact: Path, batch_size: int) -> dict[str, int]:
+def generate(workload: str, artifact: Path, batch_size: int, small_artifact: Path) -> dict[str, int]:
     """Load an engine, generate one batch, and return what this process held at most above what it held before."""
-    shape, cpu = ENGINE_WORKLOADS[workload], torch.device("cpu")
+    cpu = torch.device("cpu")
+    # What libraries take at their first use is not the model's.
+    _generate_once("quickstart", small_artifact, 1)
+    return_free_memory()
     empty_bytes = read_memory(cpu)["now_bytes"]
     reset_peak(cpu)
+    kv_cache_bytes = _generate_once(workload, artifact, batch_size)
+    peak_bytes = read_memory(cpu)["peak_bytes"] - empty_bytes
+    weight_bytes = load_artifact(artifact).size_bytes
+    return {"peak_bytes": peak_bytes, "weight_bytes": weight_bytes, "kv_cache_bytes": kv_cache_bytes}
+
+
+def _generate_once(workload: str, artifact: Path, batch_size: int) -> int:
+    shape = ENGINE_WORKLOADS[workload]
     engine = build_engine(shape, artifact, batch_size=batch_size)
     EngineSide(engine, shape, batch_size=batch_size).run(1)
-    return {
-        "peak_bytes": read_memory(cpu)["peak_bytes"] - empty_bytes,
-        "weight_bytes": load_artifact(artifact).size_bytes,
-        "kv_cache_bytes": engine.status.kv_cache_bytes,
-    }
+    return engine.status.kv_cache_bytes
 
 
 if __name__ == "__main__":
-    json.dump(generate(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])), sys.stdout)
+    json.dump(generate(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])), sys.stdout)

@@ -41,7 +41,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 def measure_peak(side: TrainerSide, num_steps: int, device: torch.device) -> dict[str, int]:
     """Return the most memory these steps held at a time, and what was held before them."""
-    _return_free_memory()
+    return_free_memory()
     before_bytes = read_memory(device)["now_bytes"]
     reset_peak(device)
     side.run(num_steps)
@@ -68,7 +68,7 @@ def reset_peak(device: torch.device) -> None:
         _RESET_PEAK.write_text("5", encoding="ascii")
 
 
-def _return_free_memory() -> None:
+def return_free_memory() -> None:
     """Give what the C library keeps of freed memory back to the system; it would count as held between steps."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
