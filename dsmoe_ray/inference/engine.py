@@ -5,7 +5,8 @@ its next one. Requests join and leave between any two steps. Knows no process, t
 one thread.
 """
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Hashable
 
 import torch
 
@@ -23,6 +24,12 @@ from dsmoe_ray.inference.sequence import Chunk, ScheduledStep, SequenceState, co
 from dsmoe_ray.model.transformer import LayerRouting, deployed_routing
 
 
+@functools.lru_cache(maxsize=256)
+def _intern_rules(rules: tuple[LayerRouting, ...]) -> tuple[tuple[LayerRouting, ...], bytes]:
+    """Return one object for all equal rules, as a runner knows those it has seen by their identity; and their key."""
+    return rules, compute_rules_key(rules)
+
+
 class Engine:
     """A model that answers requests, and its tokenizer."""
 
@@ -34,7 +41,6 @@ class Engine:
         self._sequences: dict[Hashable, RunningSequence] = {}
         """By sequence id, which is (request id, sequence index)."""
         self._deployed = tuple(deployed_routing(runner.config))
-        self._deployed_key = compute_rules_key(self._deployed)
         self._num_steps = self._num_computed_tokens = self._num_generated_tokens = 0
 
     def add(self, request_id: Hashable, request: GenerationRequest) -> None:
@@ -112,7 +118,7 @@ class Engine:
         return [sequence_id for sequence_id, one in self._sequences.items() if one.request_id == request_id]
 
     def _make_sequence(self, request_id: Hashable, idx: int, request: GenerationRequest) -> RunningSequence:
-        rules: Sequence[LayerRouting] = self._deployed if request.routing is None else request.routing
+        rules, rules_key = _intern_rules(tuple(self._deployed if request.routing is None else request.routing))
         tokens = (*request.prompt_ids, *request.generated_ids)
         max_len = request.compute_max_len(self.model_config)
         state = SequenceState(
@@ -121,7 +127,7 @@ class Engine:
             # A prompt that is only scored counts as if a token came after it.
             max_total_tokens=max(max_len, len(tokens) + 1),
             rules=rules,
-            rules_key=self._deployed_key if request.routing is None else None,
+            rules_key=rules_key,
             wants_prompt_logits=request.prompt_logprobs is not None,
         )
         return RunningSequence(

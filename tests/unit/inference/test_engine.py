@@ -277,6 +277,9 @@ def test_a_request_without_rules_of_its_own_runs_as_the_model_is_deployed():
         engine.add(request_id, request(max_tokens=1, routing=routing))
     engine.step()
     assert seen == [((tuple(resolve_routing("deployed", CONFIG)), tuple(dense)), [0, 1, 0])]
+    engine.add("d", request(max_tokens=1, routing=resolve_routing("dense", CONFIG)))
+    engine.step()
+    assert seen[1][0][0] is seen[0][0][1], "a runner knows rules by their identity"
 
 
 def test_a_row_that_is_not_finite_fails_only_its_sequence():
