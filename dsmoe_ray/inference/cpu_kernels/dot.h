@@ -10,7 +10,7 @@
 
 namespace dsmoe {
 
-constexpr int kRowTile = 4;     // weight rows that share a pass over inputs
+constexpr int kMaxRows = 8;     // most weight rows that share a pass over inputs
 constexpr int kTokenTile = 6;   // tokens that share a pass over weights
 
 // Calls body.template operator()<C>() with C = count, which is 1 to kTokenTile.
@@ -27,27 +27,27 @@ inline void with_token_count(int count, Body body) {
 }
 
 // out[r][c] = weights[r] . inputs[c], vectors of `size` numbers.
-template <int C>
+template <int R, int C>
 inline void dot_tile(const float* const* weights, const float* const* inputs, int64_t size, int64_t ahead,
                      float (*out)[kTokenTile]) {
-  Vec sums[kRowTile][C] = {};
+  Vec sums[R][C] = {};
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) {
     Vec x[C];
     for (int c = 0; c < C; ++c) x[c] = keep(load(inputs[c] + i));
-    for (int r = 0; r < kRowTile; ++r) {
+    for (int r = 0; r < R; ++r) {
       __builtin_prefetch(weights[r] + i + ahead, 0, 2);
       Vec w = load(weights[r] + i);
       for (int c = 0; c < C; ++c) sums[r][c] += w * x[c];
     }
   }
   if (i < size) {
-    for (int r = 0; r < kRowTile; ++r) {
+    for (int r = 0; r < R; ++r) {
       Vec w = load_part(weights[r] + i, int(size - i));
       for (int c = 0; c < C; ++c) sums[r][c] += w * load_part(inputs[c] + i, int(size - i));
     }
   }
-  for (int r = 0; r < kRowTile; ++r)
+  for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) out[r][c] = sum_lanes(sums[r][c]);
 }
 
@@ -59,69 +59,77 @@ inline __m512bh load_pairs_part(const Bf16* source, int count) {
   return (__m512bh)_mm512_maskz_loadu_epi16((1u << count) - 1, source);
 }
 
-template <int C>
+template <int R, int C>
 inline void dot_tile(const Bf16* const* weights, const Bf16* const* inputs, int64_t size, int64_t ahead,
                      float (*out)[kTokenTile]) {
   constexpr int kPairLanes = 2 * kLanes;
-  __m512 sums[kRowTile][C];
-  for (int r = 0; r < kRowTile; ++r)
+  __m512 sums[R][C];
+  for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r][c] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + kPairLanes <= size; i += kPairLanes) {
     __m512bh x[C];
     for (int c = 0; c < C; ++c) x[c] = load_pairs(inputs[c] + i);
-    for (int r = 0; r < kRowTile; ++r) {
+    for (int r = 0; r < R; ++r) {
       __builtin_prefetch(weights[r] + i + ahead, 0, 2);
       __m512bh w = load_pairs(weights[r] + i);
       for (int c = 0; c < C; ++c) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], w, x[c]);
     }
   }
   if (i < size) {
-    for (int r = 0; r < kRowTile; ++r) {
+    for (int r = 0; r < R; ++r) {
       __m512bh w = load_pairs_part(weights[r] + i, int(size - i));
       for (int c = 0; c < C; ++c)
         sums[r][c] = _mm512_dpbf16_ps(sums[r][c], w, load_pairs_part(inputs[c] + i, int(size - i)));
     }
   }
-  for (int r = 0; r < kRowTile; ++r)
+  for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) out[r][c] = sum_lanes((Vec)sums[r][c]);
 }
 
 #else
 
-template <int C>
+template <int R, int C>
 inline void dot_tile(const Bf16* const* weights, const Bf16* const* inputs, int64_t size, int64_t ahead,
                      float (*out)[kTokenTile]) {
-  Vec sums[kRowTile][C] = {};
+  Vec sums[R][C] = {};
   for_lanes(size, [&](int64_t i, int count) {
     Vec x[C];
     for (int c = 0; c < C; ++c) x[c] = load_up_to(inputs[c] + i, count);
-    for (int r = 0; r < kRowTile; ++r) {
+    for (int r = 0; r < R; ++r) {
       Vec w = load_up_to(weights[r] + i, count);
       for (int c = 0; c < C; ++c) sums[r][c] += w * x[c];
     }
   });
-  for (int r = 0; r < kRowTile; ++r)
+  for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) out[r][c] = sum_lanes(sums[r][c]);
 }
 
 #endif
 
+// Weight rows in one pass: few inputs leave registers for more, and more rows are more reads under way at once.
+inline int rows_per_pass(int num_inputs) { return num_inputs <= 2 ? kMaxRows : kMaxRows / 2; }
+
 // Dot products of `num_rows` weight rows with `num_inputs` vectors; emit(row, input, value) takes each.
-// row_pointer(row) and input_pointer(input) say where they lie.
+// row_pointer(row) and input_pointer(input) say where they lie. From the rows of one pass to those of the next it is
+// `stride` numbers for each row.
 template <typename T, typename RowPointer, typename InputPointer, typename Emit>
-inline void dot_rows(int num_rows, int num_inputs, int64_t size, int64_t ahead, RowPointer row_pointer,
+inline void dot_rows(int num_rows, int num_inputs, int64_t size, double stride, RowPointer row_pointer,
                      InputPointer input_pointer, Emit emit) {
   for (int c0 = 0; c0 < num_inputs; c0 += kTokenTile) {
-    const int count = std::min(kTokenTile, num_inputs - c0);
+    const int count = std::min(kTokenTile, num_inputs - c0), pass = rows_per_pass(count);
+    const int64_t ahead = int64_t(pass * stride);
     const T* inputs[kTokenTile];
     for (int c = 0; c < count; ++c) inputs[c] = input_pointer(c0 + c);
-    for (int r0 = 0; r0 < num_rows; r0 += kRowTile) {
-      const int rows = std::min(kRowTile, num_rows - r0);
-      const T* weights[kRowTile];
-      for (int r = 0; r < kRowTile; ++r) weights[r] = row_pointer(r0 + std::min(r, rows - 1));
-      float out[kRowTile][kTokenTile];
-      with_token_count(count, [&]<int C>() { dot_tile<C>(weights, inputs, size, ahead, out); });
+    for (int r0 = 0; r0 < num_rows; r0 += pass) {
+      const int rows = std::min(pass, num_rows - r0);
+      const T* weights[kMaxRows];
+      for (int r = 0; r < pass; ++r) weights[r] = row_pointer(r0 + std::min(r, rows - 1));
+      float out[kMaxRows][kTokenTile];
+      with_token_count(count, [&]<int C>() {
+        constexpr int R = C <= 2 ? kMaxRows : kMaxRows / 2;
+        dot_tile<R, C>(weights, inputs, size, ahead, out);
+      });
       for (int r = 0; r < rows; ++r)
         for (int c = 0; c < count; ++c) emit(r0 + r, c0 + c, out[r][c]);
     }

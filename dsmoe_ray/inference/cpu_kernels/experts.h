@@ -55,18 +55,16 @@ inline void compute_hidden(const ExpertWeights& weights, const ExpertCall& call,
   const T* w1 = static_cast<const T*>(weights.w1) + expert * matrix + first * d_model;
   const T* w3 = is_gated ? static_cast<const T*>(weights.w3) + expert * matrix + first * d_model : nullptr;
   const int begin = call.expert_starts[expert], end = call.expert_starts[expert + 1];
-  // A pass takes four rows: of w1, or two of each matrix.
-  const int rows_per_pass = is_gated ? kRowTile / 2 : kRowTile;
-  const int num_rows = is_gated ? (count + 1) / 2 * kRowTile : count;
   for (int pair = begin; pair < end; pair += kTokenTile) {
     const int num_tokens = std::min(kTokenTile, end - pair);
+    // A pass takes rows of w1, or half of w1 and the same of w3.
+    const int pass = rows_per_pass(num_tokens), units = is_gated ? pass / 2 : pass;
+    const int num_rows = is_gated ? (count + units - 1) / units * pass : count;
     alignas(64) float up[kTokenTile][kHiddenChunk] = {}, linear[kTokenTile][kHiddenChunk] = {};
-    auto unit_of = [&](int row) {
-      return is_gated ? std::min(row / kRowTile * rows_per_pass + row % rows_per_pass, count - 1) : row;
-    };
-    auto is_linear = [&](int row) { return is_gated && row % kRowTile >= rows_per_pass; };
+    auto unit_of = [&](int row) { return std::min(row / pass * units + row % units, count - 1); };
+    auto is_linear = [&](int row) { return row % pass >= units; };
     dot_rows<T>(
-        num_rows, num_tokens, d_model, rows_per_pass * d_model,
+        num_rows, num_tokens, d_model, is_gated ? d_model / 2.0 : double(d_model),
         [&](int row) { return (is_linear(row) ? w3 : w1) + unit_of(row) * d_model; },
         [&](int t) { return static_cast<const T*>(call.x) + call.pair_tokens[pair + t] * d_model; },
         [&](int row, int t, float value) { (is_linear(row) ? linear : up)[t][unit_of(row)] = value; });

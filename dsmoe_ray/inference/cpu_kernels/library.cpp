@@ -63,7 +63,8 @@ void finish(const Model& model, const Step& step, const int32_t* rows, int num_r
       // Rows ascend, so a row is never overwritten before it was moved.
       std::memmove(cast + i * d_model, cast + rows[i] * d_model, sizeof(T) * d_model);
     }
-    project<T>(model.head, model.vocab_size, d_model, step.normed_cast, num_rows, logits, model.vocab_size);
+    project<T>(model.head, model.vocab_size, d_model, step.normed_cast, num_rows, logits, model.vocab_size,
+               model.num_threads);
   }
 }
 

@@ -11,7 +11,15 @@
 
 namespace dsmoe {
 
-constexpr int kOutputChunk = 32;  // output rows of one piece of work
+constexpr int64_t kChunkBytes = 256 << 10;  // most weights of one piece of work
+
+// Output rows of one piece of work: enough pieces for all threads, large ones so that few of them begin unprepared.
+template <typename T>
+inline int rows_per_chunk(int num_rows, int64_t size, int num_threads) {
+  const int64_t fitting = std::max<int64_t>(kChunkBytes / (size * int64_t(sizeof(T))), kMaxRows);
+  const int64_t shared = (num_rows / (2 * num_threads) + kMaxRows - 1) / kMaxRows * kMaxRows;
+  return int(std::clamp<int64_t>(shared, kMaxRows, fitting));
+}
 
 // Adds what the experts gave, then norms: `normed` in float32 and in the weights' type.
 template <typename T>
@@ -44,12 +52,13 @@ inline void norm_all(const Model& model, const Step& step, const float* weight, 
 // out[token][row] = weights[row] . x[token]; no barrier at the end.
 template <typename T>
 inline void project(const void* weights, int num_rows, int64_t size, const void* x, int num_tokens, float* out,
-                    int64_t out_stride) {
+                    int64_t out_stride, int num_threads) {
+  const int chunk = rows_per_chunk<T>(num_rows, size, num_threads);
 #pragma omp for schedule(dynamic, 1) nowait
-  for (int first = 0; first < num_rows; first += kOutputChunk) {
+  for (int first = 0; first < num_rows; first += chunk) {
     const T* rows = static_cast<const T*>(weights) + first * size;
     dot_rows<T>(
-        std::min(kOutputChunk, num_rows - first), num_tokens, size, kRowTile * size,
+        std::min(chunk, num_rows - first), num_tokens, size, double(size),
         [&](int row) { return rows + row * size; }, [&](int t) { return static_cast<const T*>(x) + t * size; },
         [&](int row, int t, float value) { out[t * out_stride + first + row] = value; });
   }
@@ -62,7 +71,7 @@ inline void score_experts(const Model& model, const RouterWeights& router, const
   int64_t size = model.d_model;
   if (router.hidden) {
     project<T>(router.hidden, router.d_hidden, size, step.normed_cast, step.num_tokens, step.router_hidden,
-               router.d_hidden);
+               router.d_hidden, model.num_threads);
 #pragma omp barrier
     size = router.d_hidden;
 #pragma omp for schedule(static)
@@ -73,7 +82,8 @@ inline void score_experts(const Model& model, const RouterWeights& router, const
       });
     x = step.router_hidden;
   }
-  project<float>(router.proj, router.num_experts, size, x, step.num_tokens, step.router_probs, router.num_experts);
+  project<float>(router.proj, router.num_experts, size, x, step.num_tokens, step.router_probs, router.num_experts,
+                 model.num_threads);
 #pragma omp barrier
 }
 
@@ -128,9 +138,11 @@ template <typename T>
 inline void project_heads(const Model& model, const LayerWeights& layer, const Step& step) {
   const int width = model.num_heads * model.head_dim, kv_width = model.num_kv_heads * model.head_dim;
   const int64_t d_model = model.d_model;
-  project<T>(layer.wq, width, d_model, step.normed_cast, step.num_tokens, step.q, width);
-  project<T>(layer.wk, kv_width, d_model, step.normed_cast, step.num_tokens, step.kv, 2 * kv_width);
-  project<T>(layer.wv, kv_width, d_model, step.normed_cast, step.num_tokens, step.kv + kv_width, 2 * kv_width);
+  project<T>(layer.wq, width, d_model, step.normed_cast, step.num_tokens, step.q, width, model.num_threads);
+  project<T>(layer.wk, kv_width, d_model, step.normed_cast, step.num_tokens, step.kv, 2 * kv_width,
+             model.num_threads);
+  project<T>(layer.wv, kv_width, d_model, step.normed_cast, step.num_tokens, step.kv + kv_width, 2 * kv_width,
+             model.num_threads);
 #pragma omp barrier
 }
 
