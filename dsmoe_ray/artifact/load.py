@@ -92,20 +92,11 @@ class Artifact:
             KeyError: there is no such parameter.
         """
         if not is_stacked(name):
-            return self.load_tensor(name)
+            self._verify([name])
+            return self._view(name)
         everyone = range(model_shapes(self.model_config)[name][0])
         self._verify([expert_name(name, expert_id) for expert_id in everyone])
         return self._stack(name, everyone)
-
-    def load_tensor(self, name: str) -> torch.Tensor:
-        """Return one tensor by its name in the files, verified.
-
-        Raises:
-            ArtifactError: it does not match its digest.
-            KeyError: there is no such tensor.
-        """
-        self._verify([name])
-        return self._view(name)
 
     def load_experts(self, layer: int, expert_ids: Iterable[int]) -> dict[int, dict[str, torch.Tensor]]:
         """Return the matrices ``w1``, ``w2`` and, for SwiGLU, ``w3`` of some FFN experts, each ``(F, D)``.
@@ -130,18 +121,6 @@ class Artifact:
             expert_id: {matrix: self._view(name) for matrix, name in by_matrix.items()}
             for expert_id, by_matrix in names.items()
         }
-
-    def load_wide_experts(self, layer: int) -> dict[str, torch.Tensor]:
-        """Return each matrix of all FFN experts of a layer as one wide matrix ``(E * F, D)``: a view of the file.
-
-        Raises:
-            ArtifactError: a tensor does not match its digest; names it.
-            ValueError: there is no such layer.
-        """
-        everyone = range(self._num_experts)
-        stacked = {matrix: self._stacked(layer, matrix) for matrix in self._matrices}
-        self._verify([expert_name(name, expert_id) for name in stacked.values() for expert_id in everyone])
-        return {matrix: self._stack(name, everyone).flatten(0, 1) for matrix, name in stacked.items()}
 
     def verify(self) -> None:
         """Check the digest of every tensor that was not checked yet.

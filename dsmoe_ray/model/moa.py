@@ -25,9 +25,9 @@ from dsmoe_ray.model.router import DENSE, Router, Routing
 class MixtureOfAttention(nn.Module):
     """Attention experts of one layer and their router."""
 
-    def __init__(self, config: MoaConfig, *, d_model: int, layer: int) -> None:
+    def __init__(self, config: MoaConfig, *, d_model: int) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         width = config.num_kv_heads * config.head_dim
         self.router = Router(config.router, num_experts=config.num_experts, d_model=d_model)
         self.wq = nn.Parameter(torch.empty(config.num_experts, width, d_model))
@@ -43,18 +43,16 @@ class MixtureOfAttention(nn.Module):
         Unselected experts get a zero gate; they are computed all the same, since kernels for a ragged set of query
         heads are slower than dense ones at the share of experts that attention keeps.
         """
-        batch, num_new, _ = x_BSD.shape
+        batch, num_positions, _ = x_BSD.shape
         num_experts, num_kv_heads = self.config.num_experts, self.config.num_kv_heads
         decision = self.router(x_BSD.flatten(0, 1), routing)
         q = functional.linear(x_BSD, self.wq.to(x_BSD.dtype).flatten(0, 1))
         # Heads go KV-head-major, so that the heads that read one KV head lie together.
-        q_BSHd = q.view(batch, num_new, num_experts, num_kv_heads, -1).transpose(2, 3).flatten(2, 3)
-        k_BCGd, v_BCGd = compute_kv(
-            x_BSD, self.wk, self.wv, num_kv_heads=num_kv_heads, layer=self.layer, context=context
-        )
-        out_BSHd = attend(Rotate.apply(q_BSHd, context.cos, context.sin), k_BCGd, v_BCGd, context.mask)
+        q_BSHd = q.view(batch, num_positions, num_experts, num_kv_heads, -1).transpose(2, 3).flatten(2, 3)
+        k_BSGd, v_BSGd = compute_kv(x_BSD, self.wk, self.wv, num_kv_heads=num_kv_heads, context=context)
+        out_BSHd = attend(Rotate.apply(q_BSHd, context.cos, context.sin), k_BSGd, v_BSGd, context.mask)
         out_BSEGd = out_BSHd.unflatten(2, (num_kv_heads, num_experts)).transpose(2, 3)
-        gated_BSW = gate_heads(out_BSEGd, decision.gates_TE.view(batch, num_new, num_experts))
+        gated_BSW = gate_heads(out_BSEGd, decision.gates_TE.view(batch, num_positions, num_experts))
         return gated_BSW @ self.wo.to(x_BSD.dtype).flatten(0, 1), decision
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dsmoe_ray.model.attention import AttentionContext, GqaAttention, KvCache, build_mask
+from dsmoe_ray.model.attention import AttentionContext, GqaAttention, build_document_mask
 from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig, RoutingConfig
 from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
 from dsmoe_ray.model.losses import linear_cross_entropy
@@ -56,15 +56,15 @@ def expand_routing(attention: RoutingConfig, ffn: RoutingConfig, *, num_layers: 
 class Block(nn.Module):
     """Attention, then feed-forward, each on a normed copy of the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, recompute_attention: bool) -> None:
+    def __init__(self, config: ModelConfig, *, recompute_attention: bool) -> None:
         super().__init__()
         self.attention_norm = RmsNorm(config.d_model, config.norm_eps)
         self.ffn_norm = RmsNorm(config.d_model, config.norm_eps)
         self.attention: GqaAttention | MixtureOfAttention
         if isinstance(config.attention, GqaConfig):
-            self.attention = GqaAttention(config.attention, d_model=config.d_model, layer=layer)
+            self.attention = GqaAttention(config.attention, d_model=config.d_model)
         else:
-            self.attention = MixtureOfAttention(config.attention, d_model=config.d_model, layer=layer)
+            self.attention = MixtureOfAttention(config.attention, d_model=config.d_model)
         self.ffn: MixtureOfExperts | DenseFfn
         if isinstance(config.ffn, MoeConfig):
             self.ffn = MixtureOfExperts(config.ffn, d_model=config.d_model)
@@ -116,9 +116,7 @@ class Transformer(nn.Module):
         self.recompute_blocks = activation_checkpointing == "full"
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         selective = activation_checkpointing == "selective"
-        self.blocks = nn.ModuleList(
-            Block(config, layer, recompute_attention=selective) for layer in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(config, recompute_attention=selective) for _ in range(config.num_layers))
         self.norm = RmsNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         cos, sin = compute_rotations(config.max_seq_len, config.attention.head_dim, config.rope_theta)
@@ -133,7 +131,6 @@ class Transformer(nn.Module):
         positions_BS: torch.Tensor | None = None,
         document_ids_BS: torch.Tensor | None = None,
         routing: Sequence[LayerRouting] | None = None,
-        cache: KvCache | None = None,
         exchange: TokenExchange = LOCAL_EXCHANGE,
         last_logits_only: bool = False,
     ) -> ModelOutput:
@@ -142,10 +139,9 @@ class Transformer(nn.Module):
         Args:
             tokens_BS: Token ids ``(B, S)``.
             targets_BS: Next tokens; given, the summed loss is returned in place of logits. ``-100`` is ignored.
-            positions_BS: Position of each token; by default they count on from the cache.
+            positions_BS: Position of each token; by default 0, 1, ...
             document_ids_BS: Tokens attend within equal ids only.
             routing: Rules of each layer; by default every expert is on.
-            cache: Keys and values of earlier positions, extended by this pass.
             exchange: How tokens meet FFN experts.
             last_logits_only: Return logits of the last position, ``(B, 1, V)``; not together with targets.
 
@@ -154,7 +150,7 @@ class Transformer(nn.Module):
         """
         if last_logits_only and targets_BS is not None:
             raise ValueError("last_logits_only returns logits and targets_BS a loss over all positions; give only one")
-        context = self._attention_context(tokens_BS, positions_BS, document_ids_BS, cache)
+        context = self._attention_context(tokens_BS, positions_BS, document_ids_BS)
         rules = routing if routing is not None else [LayerRouting()] * self.config.num_layers
         x_BSD = self.embedding(tokens_BS).to(self.compute_dtype)
         attention_routings, ffn_routings = [], []
@@ -178,21 +174,15 @@ class Transformer(nn.Module):
         return block(*arguments)
 
     def _attention_context(
-        self,
-        tokens_BS: torch.Tensor,
-        positions_BS: torch.Tensor | None,
-        document_ids_BS: torch.Tensor | None,
-        cache: KvCache | None,
+        self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None, document_ids_BS: torch.Tensor | None
     ) -> AttentionContext:
-        num_new = tokens_BS.shape[1]
-        num_cached = 0 if cache is None else cache.num_cached
-        mask = build_mask(num_new, num_cached, document_ids_BS, tokens_BS.device)
-        if positions_BS is None:
-            if num_cached + num_new > self.config.max_seq_len:
-                raise ValueError(
-                    f"{num_cached} cached and {num_new} new positions exceed max_seq_len={self.config.max_seq_len}; "
-                    "shorten the sequence or raise model.max_seq_len"
-                )
-            rows = slice(num_cached, num_cached + num_new)
-            return AttentionContext(self.cos[None, rows, None], self.sin[None, rows, None], mask, cache)
-        return AttentionContext(self.cos[positions_BS][:, :, None], self.sin[positions_BS][:, :, None], mask, cache)
+        mask = None if document_ids_BS is None else build_document_mask(document_ids_BS)
+        if positions_BS is not None:
+            return AttentionContext(self.cos[positions_BS][:, :, None], self.sin[positions_BS][:, :, None], mask)
+        num_positions = tokens_BS.shape[1]
+        if num_positions > self.config.max_seq_len:
+            raise ValueError(
+                f"{num_positions} positions exceed max_seq_len={self.config.max_seq_len}; shorten the sequence or "
+                "raise model.max_seq_len"
+            )
+        return AttentionContext(self.cos[None, :num_positions, None], self.sin[None, :num_positions, None], mask)

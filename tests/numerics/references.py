@@ -43,7 +43,7 @@ def make_moa(*, router=None, num_experts=3, num_kv_heads=2, head_dim=4, d_model=
         head_dim=head_dim,
         router=router or router_values(),
     )
-    return _fill(MixtureOfAttention(config, d_model=d_model, layer=0), seed)
+    return _fill(MixtureOfAttention(config, d_model=d_model), seed)
 
 
 def _fill(module, seed):
@@ -153,7 +153,7 @@ def exact_context(num_positions, head_dim, *, theta=10000.0):
     """The context of a forward pass with float64 angles, where the model's own are float32."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequency
-    return AttentionContext(angle.cos()[None, :, None], angle.sin()[None, :, None], None, None)
+    return AttentionContext(angle.cos()[None, :, None], angle.sin()[None, :, None], None)
 
 
 def assert_same(found, expected, inputs, *, names=None, tolerance=None):

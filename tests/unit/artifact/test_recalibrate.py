@@ -148,10 +148,10 @@ def test_a_failure_in_mid_way_changes_nothing(sharded, monkeypatch):
 
 def test_whoever_has_the_old_artifact_open_keeps_it(sharded, tensors):
     opened = load_artifact(sharded)
-    view = opened.load_tensor("norm.weight")
+    view = opened.load_parameter("norm.weight")
     update_routing(load_artifact(sharded), ffn=TABLE, calibration=RECORD)
     assert torch.equal(view, tensors["norm.weight"])
-    assert torch.equal(opened.load_tensor("embedding.weight"), tensors["embedding.weight"])
+    assert torch.equal(opened.load_parameter("embedding.weight"), tensors["embedding.weight"])
 
 
 def test_an_impossible_rule_is_refused_before_anything_is_written(sharded):

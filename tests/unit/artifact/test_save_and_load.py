@@ -46,11 +46,11 @@ def test_side_files_and_provenance_come_back(artifact_dir, config):
 def test_experts_of_a_layer_lie_side_by_side_so_that_the_wide_matrix_is_a_view(publish, tensors, dtype):
     artifact = load_artifact(publish(dtype=dtype))
     for layer in (0, 1):
-        wide = artifact.load_wide_experts(layer)
         experts = artifact.load_experts(layer, range(12))
-        assert wide.keys() == {"w1", "w2", "w3"}
-        for matrix, tensor in wide.items():
-            assert tensor.shape == (12 * 6, 8)
+        wide = {}
+        for matrix in ("w1", "w2", "w3"):
+            stacked = artifact.load_parameter(f"blocks.{layer}.ffn.experts.{matrix}")
+            wide[matrix] = tensor = stacked.view(12 * 6, 8)
             assert torch.equal(tensor, tensors[f"blocks.{layer}.ffn.experts.{matrix}"].flatten(0, 1).to(dtype))
             for expert_id, parts in experts.items():
                 offset = parts[matrix].data_ptr() - tensor.data_ptr()
@@ -76,8 +76,7 @@ def test_only_the_experts_asked_for_are_read(artifact_dir, config, tensors):
             assert torch.equal(experts[expert_id][matrix], expected)
     for use in (
         lambda: artifact.load_experts(layer, [spoiled]),
-        lambda: artifact.load_wide_experts(layer),
-        lambda: artifact.load_tensor(name),
+        lambda: artifact.load_parameter(f"blocks.{layer}.ffn.experts.w2"),
         artifact.load_state_dict,
         artifact.verify,
     ):
@@ -121,10 +120,13 @@ def test_files_are_cut_at_the_size_asked_for_and_the_index_says_where_things_are
     artifact = load_artifact(directory)
     for name, tensor in artifact.load_state_dict().items():
         assert torch.equal(tensor, tensors[name])
+        assert torch.equal(load_artifact(directory).load_parameter(name), tensors[name])
     weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     for name, file in weight_map.items():
+        stacked, _, expert_id = name.rpartition(".")
+        expected = tensors[stacked][int(expert_id)] if expert_id.isdigit() else tensors[name]
         with safe_open(directory / file, framework="pt") as stream:
-            assert torch.equal(stream.get_tensor(name), artifact.load_tensor(name))
+            assert torch.equal(stream.get_tensor(name), expected)
 
 
 def test_config_holds_the_model_and_no_key_of_its_training(publish, config):

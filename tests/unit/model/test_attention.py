@@ -1,28 +1,16 @@
-"""Masks as sets of pairs, grouped heads against single ones, and a cache against the whole sequence."""
+"""Masks as sets of pairs, and grouped heads against single ones."""
 
 import pytest
 import torch
 
-from dsmoe_ray.model.attention import GqaAttention, attend, build_mask
+from dsmoe_ray.model.attention import GqaAttention, attend, build_document_mask
 from dsmoe_ray.model.config import GqaConfig
 from tests.numerics.references import EXACT, causal_attention, exact_context, randn, rotate_by_definition
-
-CPU = torch.device("cpu")
-
-
-def test_a_whole_sequence_needs_no_mask_and_neither_does_one_new_token():
-    assert build_mask(7, 0, None, CPU) is None
-    assert build_mask(1, 6, None, CPU) is None
-
-
-def test_new_tokens_after_cached_ones_see_the_past_and_themselves():
-    mask = build_mask(2, 3, None, CPU)
-    assert mask.tolist() == [[True, True, True, True, False], [True, True, True, True, True]]
 
 
 def test_tokens_see_earlier_tokens_of_their_own_document_only():
     document_ids_BS = torch.tensor([[0, 0, 1, 1, 0], [5, 5, 5, 5, 5]])
-    mask = build_mask(5, 0, document_ids_BS, CPU)
+    mask = build_document_mask(document_ids_BS)
     assert mask.shape == (2, 1, 5, 5)
     for sequence, ids in enumerate(document_ids_BS.tolist()):
         for row in range(5):
@@ -44,7 +32,7 @@ def test_each_query_head_attends_with_the_kv_head_of_its_group(num_heads, num_kv
 
 def test_grouped_query_attention_is_its_heads_one_by_one():
     config = GqaConfig(kind="gqa", num_heads=4, num_kv_heads=2, head_dim=4)
-    attention = GqaAttention(config, d_model=6, layer=0).double()
+    attention = GqaAttention(config, d_model=6).double()
     with torch.no_grad():
         for index, parameter in enumerate(attention.parameters()):
             parameter.copy_(randn(*parameter.shape, seed=index))

@@ -1,4 +1,4 @@
-"""What the whole model promises whatever its layers: losses, checkpointing, documents, positions, caches, types."""
+"""What the whole model promises whatever its layers: losses, checkpointing, documents, positions, types."""
 
 import pytest
 import torch
@@ -47,21 +47,6 @@ def make_model(attention="moa", ffn="moe", *, dtype=torch.float64, seed=0, optio
 
 def make_tokens(batch=2, length=12, *, seed=0):
     return torch.randint(VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-class ListCache:
-    """Keys and values of one batch, layer by layer."""
-
-    def __init__(self):
-        self.layers = {}
-        self.num_cached = 0
-
-    def append(self, layer, k_BSGd, v_BSGd):
-        k, v = k_BSGd, v_BSGd
-        if layer in self.layers:
-            k, v = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (k_BSGd, v_BSGd), strict=True))
-        self.layers[layer] = (k, v)
-        return k, v
 
 
 def training_gradients(model, *, routing=None):
@@ -173,19 +158,6 @@ def test_positions_given_are_positions_used():
     assert (stretched - implied).abs().max() > 1e-2
 
 
-@KINDS
-@pytest.mark.parametrize("parts", [(12,), (5, 7), (6, 1, 1, 4), (1,) * 12], ids=str)
-@pytest.mark.parametrize("routing", [None, [SPARSE, SPARSE]], ids=["dense", "sparse"])
-def test_a_sequence_in_parts_gives_what_it_gives_at_once(attention, ffn, parts, routing):
-    model, tokens_BS, cache = make_model(attention, ffn), make_tokens(), ListCache()
-    whole = model(tokens_BS, routing=routing).logits_BSV
-    found = []
-    for part in tokens_BS.split(parts, dim=1):
-        found.append(model(part, cache=cache, routing=routing).logits_BSV)
-        cache.num_cached += part.shape[1]
-    torch.testing.assert_close(torch.cat(found, dim=1), whole, **EXACT)
-
-
 def test_the_last_logits_alone_are_the_last_of_all():
     model = make_model()
     last = model(make_tokens(), last_logits_only=True).logits_BSV
@@ -193,13 +165,10 @@ def test_the_last_logits_alone_are_the_last_of_all():
     torch.testing.assert_close(last, model(make_tokens()).logits_BSV[:, -1:], **EXACT)
 
 
-@pytest.mark.parametrize(("num_cached", "num_new"), [(0, 25), (23, 2), (24, 1)])
-def test_positions_beyond_the_longest_sequence_are_refused(num_cached, num_new):
-    """With one position left and two to place, the last angle would silently serve both."""
-    cache = ListCache()
-    cache.num_cached = num_cached
-    with pytest.raises(ValueError, match="max_seq_len=24"):
-        make_model()(make_tokens(1, num_new), cache=cache)
+def test_positions_beyond_the_longest_sequence_are_refused():
+    assert make_model()(make_tokens(1, 24)).logits_BSV.shape == (1, 24, VOCAB)
+    with pytest.raises(ValueError, match="25 positions exceed max_seq_len=24"):
+        make_model()(make_tokens(1, 25))
 
 
 @KINDS
