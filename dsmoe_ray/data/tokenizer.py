@@ -60,11 +60,47 @@ class TextTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids; the end-of-text token gives none."""
-        return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
+        pieces = self._bytes_of_tokens
+        if pieces is None:
+            return self.backend.decode([int(token) for token in ids], skip_special_tokens=True)
+        return b"".join([pieces.get(token, b"") for token in ids]).decode(errors="replace")
+
+    @cached_property
+    def _bytes_of_tokens(self) -> dict[int, bytes] | None:
+        """Bytes of each token, if a text is just those of its tokens: many times faster than the library's decoder.
+
+        Streaming decodes after every token, when the weights of a whole model have just gone through the caches.
+        """
+        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+            return None
+        special = {token_id for token_id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        return {token_id: _to_bytes(token) for token, token_id in vocabulary.items() if token_id not in special}
 
     def to_json(self) -> str:
         """Return the content of a ``tokenizer.json``."""
         return self.backend.to_str(pretty=True)
+
+
+def _byte_of_characters() -> dict[str, int]:
+    """Return which byte each character of a byte-level vocabulary stands for.
+
+    Printable Latin-1 characters stand for themselves, and the other bytes, in order, for those from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _byte_of_characters()
+
+
+def _to_bytes(token: str) -> bytes:
+    """Return the bytes of one token of a byte-level vocabulary; an added token may be plain text."""
+    try:
+        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+    except KeyError:
+        return token.encode()
 
 
 def load_tokenizer(path: Path, *, vocab_size: int | None = None) -> TextTokenizer:

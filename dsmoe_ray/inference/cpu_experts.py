@@ -37,7 +37,8 @@ class CpuExperts:
         num_experts = ffn.num_experts if isinstance(ffn, MoeConfig) else 1
         self._d_model = model.config.d_model
         self._model = model
-        self._weights = [_describe(_find_weights(block), model.config, num_threads) for block in model.blocks]
+        described = [_describe(_find_weights(block), model.config, num_threads) for block in model.blocks]
+        self._weights = (ExpertWeights * len(described))(*described)
         self._weight_refs = [reference(weights) for weights in self._weights]
         # Memory that is not written is not taken: this is the most that a call of all tokens to all experts can want.
         num_pairs = max_tokens * num_experts
@@ -47,24 +48,31 @@ class CpuExperts:
             "pair_tokens": torch.empty(num_pairs, dtype=torch.int32),
             "pair_gates": torch.empty(num_pairs),
             "active_experts": torch.empty(num_experts, dtype=torch.int32),
+            "num_active": torch.empty(1, dtype=torch.int32),
             "partial_starts": torch.empty(num_experts, dtype=torch.int32),
             "partial": torch.empty(count_partial(num_experts * min(max_tokens, MAX_STREAMED), ffn.d_ff, self._d_model)),
         }
         self._call = ExpertCall(**{name: point(tensor) for name, tensor in self._scratch.items()})
         self._call_ref = reference(self._call)
+        self.addresses = reference(self._weights), self._call_ref
+        """Of the weights of all layers and of the call, as the kernels take them."""
 
     def watch_routing(self, total_s: np.ndarray) -> None:
         """Let the one number of ``total_s``, float64, grow by the time that grouping tokens by expert takes."""
         self._total_s = total_s
         self._call.routing_s = total_s.ctypes.data
 
-    def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
-        """Compute at once; see ``ExpertBackend``."""
+    def bind(self, x_TD: torch.Tensor, assignment: ExpertAssignment, y_TD: torch.Tensor) -> None:
+        """Let calls read and write these: for ``dispatch``, or for a runner that has the kernels run all layers."""
         call = self._call
-        y_TD = torch.empty(len(x_TD), self._d_model)
         call.num_tokens, call.x, call.y = len(x_TD), x_TD.data_ptr(), y_TD.data_ptr()
         call.stride = assignment.expert_ids_TK.stride(0)
         call.expert_ids, call.gates = assignment.expert_ids_TK.data_ptr(), assignment.gates_TK.data_ptr()
+
+    def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
+        """Compute at once; see ``ExpertBackend``."""
+        y_TD = torch.empty(len(x_TD), self._d_model)
+        self.bind(x_TD, assignment, y_TD)
         self._kernels.dsmoe_experts(self._weight_refs[layer], self._call_ref)
         return y_TD
 

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,6 +114,7 @@ class ExpertCall(Structure):
         *((name, c_int32) for name in ("num_tokens", "stride")),
         *((name, c_void_p) for name in ("expert_ids", "gates", "x", "y", "hidden")),
         *((name, c_void_p) for name in ("expert_starts", "pair_tokens", "pair_gates", "active_experts")),
+        ("num_active", c_void_p),
         *((name, c_void_p) for name in ("partial_starts", "partial", "routing_s")),
     ]
 
@@ -202,12 +204,13 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dsmoe_embed.argtypes = [c_void_p, c_void_p]
     library.dsmoe_trunk.argtypes = [c_void_p, c_void_p, c_int32]
     library.dsmoe_experts.argtypes = [c_void_p, c_void_p]
+    library.dsmoe_layers.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
     library.dsmoe_finish.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
-    for function in (library.dsmoe_embed, library.dsmoe_trunk, library.dsmoe_experts, library.dsmoe_finish):
-        function.restype = None
+    for name in ("embed", "trunk", "experts", "layers", "finish"):
+        getattr(library, f"dsmoe_{name}").restype = None
 
 
-def reference(structure: Structure) -> c_void_p:
+def reference(structure: Structure | ctypes.Array[Any]) -> c_void_p:
     """Return a pointer to a structure, to be made once and passed many times."""
     return ctypes.cast(byref(structure), c_void_p)
 

@@ -108,8 +108,11 @@ class CpuRunner:
     def run(self, batch: ForwardBatch) -> torch.Tensor:
         """Compute one step; see ``ModelRunner.run``."""
         self._take(batch)
-        for _ in self._run_layers():
-            pass
+        if isinstance(self.experts, CpuExperts):
+            self._run_all_layers(self.experts)
+        else:
+            for _ in self._run_layers():
+                pass
         rows_R = np.ascontiguousarray(batch.logits_rows_R, np.int32)
         logits_RV = torch.empty(len(rows_R), self.config.vocab_size)
         self._kernels.dsmoe_finish(
@@ -125,12 +128,21 @@ class CpuRunner:
             self.experts.watch_routing(self._routing_s)
         return self._routing_s
 
+    def _run_all_layers(self, experts: CpuExperts) -> None:
+        """Run all layers in one call: with experts here there is nothing to wait for between two calls."""
+        y_TD = self._y_TD = torch.empty(self._step.num_tokens, self.config.d_model)
+        self._step.y = y_TD.data_ptr()
+        experts.bind(*self._expert_inputs(), y_TD)
+        self._kernels.dsmoe_layers(self._model_ref, self._step_ref, *experts.addresses)
+
+    def _expert_inputs(self) -> tuple[torch.Tensor, ExpertAssignment]:
+        names = ("normed_cast", "expert_ids", "gates")
+        x_TD, ids_TE, gates_TE = (self._memory[name][: self._step.num_tokens] for name in names)
+        return x_TD, ExpertAssignment(ids_TE, gates_TE)
+
     def _run_layers(self) -> Iterator[None]:
         """Run all layers, pausing while experts work, so that another step's trunk can run meanwhile."""
-        num_tokens = self._step.num_tokens
-        x_TD = self._memory["normed_cast"][:num_tokens]
-        ids_TE, gates_TE = (self._memory[name][:num_tokens] for name in ("expert_ids", "gates"))
-        assignment = ExpertAssignment(ids_TE, gates_TE)
+        x_TD, assignment = self._expert_inputs()
         self._kernels.dsmoe_embed(self._model_ref, self._step_ref)
         for layer in range(self.config.num_layers):
             self._kernels.dsmoe_trunk(self._model_ref, self._step_ref, layer)

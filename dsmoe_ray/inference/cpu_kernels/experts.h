@@ -9,6 +9,7 @@
 
 #include "down.h"
 #include "model.h"
+#include "routing.h"
 
 namespace dsmoe {
 
@@ -100,7 +101,13 @@ inline void combine_outputs(const ExpertWeights& weights, const ExpertCall& call
 }
 
 template <typename T>
-inline void run_experts(const ExpertWeights& weights, const ExpertCall& call, int num_active) {
+inline void run_experts(const ExpertWeights& weights, const ExpertCall& call) {
+#pragma omp single
+  {
+    const RoutingTimer timer(call.routing_s);
+    *call.num_active = group_by_expert(weights, call);
+  }
+  const int num_active = *call.num_active;
   const int chunks = (weights.d_ff + kHiddenChunk - 1) / kHiddenChunk;
 #pragma omp for schedule(dynamic, 1)
   for (int work = 0; work < num_active * chunks; ++work) {

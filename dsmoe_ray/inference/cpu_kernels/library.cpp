@@ -41,13 +41,20 @@ void trunk(const Model& model, const Step& step, int layer) {
 
 template <typename T>
 void experts(const ExpertWeights& weights, const ExpertCall& call) {
-  int num_active = 0;
-  {
-    const RoutingTimer timer(call.routing_s);
-    num_active = group_by_expert(weights, call);
-  }
 #pragma omp parallel num_threads(weights.num_threads)
-  run_experts<T>(weights, call, num_active);
+  run_experts<T>(weights, call);
+}
+
+// All layers, with their experts here: the calls of both kinds one after another, in one parallel region.
+template <typename T>
+void layers(const Model& model, const Step& step, const ExpertWeights* weights, const ExpertCall& call) {
+  const int num_tiles = lay_out(model, step);
+  embed<T>(model, step);
+#pragma omp parallel num_threads(model.num_threads)
+  for (int layer = 0; layer < model.num_layers; ++layer) {
+    run_trunk<T>(model, step, layer, num_tiles);
+    run_experts<T>(weights[layer], call);
+  }
 }
 
 // Logits of the wanted rows, which are gathered at the front of `normed`.
@@ -99,6 +106,13 @@ void dsmoe_experts(const ExpertWeights* weights, const ExpertCall* call) {
     experts<float>(*weights, *call);
   else
     experts<Bf16>(*weights, *call);
+}
+
+void dsmoe_layers(const Model* model, const Step* step, const ExpertWeights* weights, const ExpertCall* call) {
+  if (model->dtype == kFloat32)
+    layers<float>(*model, *step, weights, *call);
+  else
+    layers<Bf16>(*model, *step, weights, *call);
 }
 
 void dsmoe_finish(const Model* model, const Step* step, const int32_t* rows, int32_t num_rows, float* logits) {

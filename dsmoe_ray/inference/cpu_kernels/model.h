@@ -116,6 +116,7 @@ struct ExpertCall {
   int32_t* pair_tokens;        // (pairs,)
   float* pair_gates;           // (pairs,)
   int32_t* active_experts;     // (E,)
+  int32_t* num_active;         // (1,)
   int32_t* partial_starts;     // (E,)
   float* partial;              // (streamed pairs, blocks of summed rows, D)
   double* routing_s;           // grows by the seconds that grouping tokens takes, unless null

@@ -12,10 +12,10 @@
 
 namespace dsmoe {
 
-// Adds the seconds of its life to a total, on the first thread and if there is a total.
+// Adds the seconds of its life to a total, if there is one. For one thread of a region.
 class RoutingTimer {
  public:
-  explicit RoutingTimer(double* total_s) : total_s_(omp_get_thread_num() == 0 ? total_s : nullptr) {
+  explicit RoutingTimer(double* total_s) : total_s_(total_s) {
     if (total_s_) start_ = Clock::now();
   }
   ~RoutingTimer() {

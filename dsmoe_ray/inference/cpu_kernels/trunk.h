@@ -174,7 +174,7 @@ inline void run_trunk(const Model& model, const Step& step, int index, int num_t
   norm_all<T>(model, step, layer.attention_norm, index > 0);
   const int attention_experts = layer.attention_router.num_experts;
   if (attention_experts) {
-    const RoutingTimer timer(step.routing_s);
+    const RoutingTimer timer(omp_get_thread_num() == 0 ? step.routing_s : nullptr);
     score_experts<T>(model, layer.attention_router, step);
     select_all(model, layer.attention_router, step, index, 0, [&](int t, const int32_t* ids, const float* gates, int n) {
       float* out = step.attention_gates + int64_t(t) * attention_experts;
@@ -188,7 +188,7 @@ inline void run_trunk(const Model& model, const Step& step, int index, int num_t
   norm_all<T>(model, step, layer.ffn_norm, false);
   const int num_experts = layer.ffn_router.num_experts;
   if (!num_experts) return;
-  const RoutingTimer timer(step.routing_s);
+  const RoutingTimer timer(omp_get_thread_num() == 0 ? step.routing_s : nullptr);
   score_experts<T>(model, layer.ffn_router, step);
   select_all(model, layer.ffn_router, step, index, 1, [&](int t, const int32_t* ids, const float* gates, int n) {
     const int64_t offset = int64_t(t) * num_experts;

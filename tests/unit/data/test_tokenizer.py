@@ -1,5 +1,6 @@
 """Training, loading and using tokenizers."""
 
+import functools
 import json
 
 import numpy as np
@@ -110,3 +111,19 @@ def test_ids_with_gaps_count_by_the_largest():
 def test_a_tokenizer_without_an_end_of_text_is_refused():
     with pytest.raises(DataError, match=r"no token that ends a text; it needs one of <\|endoftext\|>"):
         parse_tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str(), source="test")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 339), max_size=12))
+def test_tokens_are_decoded_as_the_library_decodes_them(ids):
+    decoded = _with_added_tokens()
+    # Ids from 324 on are no tokens: a model may have more rows than its tokenizer has tokens.
+    assert decoded.decode(ids) == decoded.backend.decode(ids, skip_special_tokens=True)
+
+
+@functools.cache
+def _with_added_tokens() -> TextTokenizer:
+    backend = train_tokenizer([*TEXTS, "na\xefve \u6f22\u5b57 \U0001f600"], vocab_size=320).backend
+    backend.add_tokens(["plain text \u6f22", "<tag>"])
+    backend.add_special_tokens(["<|user|>", "<|model|>"])
+    return TextTokenizer(backend, end_of_text_id=0)
