@@ -130,6 +130,14 @@ class Artifact:
         """
         self._verify(list(self.manifest.tensors))
 
+    def release_pages(self) -> None:
+        """Let go of the memory that verifying took: what is not used, cold experts say, stays on disk from now on.
+
+        Tensors stay valid, but what was written to one is lost.
+        """
+        for file in self._files.values():
+            file.release_pages()
+
     @property
     def _num_experts(self) -> int:
         ffn = self.model_config.ffn

@@ -76,6 +76,11 @@ class WeightsFile:
                 raise ArtifactError(f"{self.path}: {name} does not lie right after the expert before it. {_ADVICE}")
         return self._view(first.data_offsets[0], DTYPES[first.dtype], (len(names), *first.shape))
 
+    def release_pages(self) -> None:
+        """Let go of the memory that reading took; what is looked at again comes back from the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
     def _view(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=self._data_start + begin)
         return flat.view(shape)

@@ -50,6 +50,7 @@ def load_model(artifact: Artifact, *, device: torch.device | None = None, dtype:
         for name, tensor in tensors.items()
     }
     model.load_state_dict(state, assign=True)
+    artifact.release_pages()
     cos, sin = compute_rotations(config.max_seq_len, config.attention.head_dim, config.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)
     return model.eval().requires_grad_(False)

@@ -1,11 +1,17 @@
 """From an artifact to a model that runs."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.errors import ArtifactError
-from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.config import EngineConfig
+from dsmoe_ray.inference.generation import Generator
+from dsmoe_ray.inference.loading import load_engine, load_model
+from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.model.init import initialize
 from dsmoe_ray.model.transformer import Transformer
 from tests.fakes.tiny_artifact import write_tiny_artifact
@@ -46,3 +52,28 @@ def test_a_damaged_weight_is_refused_by_name(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="does not match its SHA-256"):
         load_model(load_artifact(directory))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux to tell what is in memory")
+def test_experts_that_no_token_selects_stay_on_disk(tmp_path):
+    # Experts of 128 KiB a matrix, 24 MiB in all, and one of 64 for each token.
+    router = {"kind": "linear", "inference": {"mode": "top_k", "top_k": 1}}
+    ffn = {"kind": "moe", "num_experts": 64, "d_ff": 128, "activation": "swiglu", "router": router}
+    directory = write_tiny_artifact(tmp_path / "large", d_model=256, num_layers=1, ffn=ffn)
+    engine = load_engine(load_artifact(directory), EngineConfig(max_num_seqs=1), device=torch.device("cpu"))
+    size_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    request = GenerationRequest(prompt_ids=[7], max_tokens=2, ignore_eos=True)
+    assert len(Generator(engine).run([request])[0]) == 2
+    # The rest of the model, a few experts, and what the system reads around them.
+    assert 0 < resident_bytes(directory) < size_bytes / 2
+
+
+def resident_bytes(directory):
+    """Return how much of the files in a directory this process has in its memory."""
+    total, is_ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            is_ours = str(directory) in line
+        elif is_ours and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
