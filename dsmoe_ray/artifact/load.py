@@ -18,6 +18,7 @@ import torch
 from dsmoe_ray.artifact.layout import expert_matrices, expert_name, is_stacked, model_shapes, stacked_name
 from dsmoe_ray.artifact.manifest import (
     CHAT_TEMPLATE,
+    GENERATION,
     TOKENIZER,
     ArtifactManifest,
     read_generation_config,
@@ -62,6 +63,23 @@ class Artifact:
             for name, file in manifest.weight_files.items()
         }
         self._check_headers()
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a text, as the defaults for generation name them; empty if they do not.
+
+        Raises:
+            ArtifactError: they name what is no token of the model.
+        """
+        found = self.generation_config.get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        for token_id in ids:
+            if type(token_id) is not int or not 0 <= token_id < self.model_config.vocab_size:
+                raise ArtifactError(
+                    f"{self.directory / GENERATION}: eos_token_id={found!r:.80} is no token id below "
+                    f"vocab_size={self.model_config.vocab_size}. Write the artifact anew."
+                )
+        return ids
 
     @property
     def size_bytes(self) -> int:

@@ -72,7 +72,9 @@ def open_text(published: Artifact, data: str, *, include: str, field: str) -> To
     """
     vocab_size = published.model_config.vocab_size
     source = f"the tokenizer of {published.directory}"
-    tokenizer = parse_tokenizer(published.tokenizer_json, source=source, vocab_size=vocab_size)
+    tokenizer = parse_tokenizer(
+        published.tokenizer_json, source=source, vocab_size=vocab_size, end_ids=published.eos_token_ids
+    )
     return open_or_tokenize(data, tokenizer=tokenizer, vocab_size=vocab_size, include=include, field=field)
 
 

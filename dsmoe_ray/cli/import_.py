@@ -24,7 +24,12 @@ def command(
     check_target(out)
     opened = open_model(hf_dir)
     config = opened.plan.model_config
-    parse_tokenizer(opened.tokenizer_json, source=str(hf_dir / "tokenizer.json"), vocab_size=config.vocab_size)
+    parse_tokenizer(
+        opened.tokenizer_json,
+        source=str(hf_dir / "tokenizer.json"),
+        vocab_size=config.vocab_size,
+        end_ids=opened.eos_token_ids,
+    )
     provenance = {
         "imported_from": opened.plan.kind.value,
         "source": hf_dir.resolve().name,

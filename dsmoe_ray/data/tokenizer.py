@@ -33,6 +33,13 @@ class TextTokenizer:
 
     backend: Tokenizer
     end_of_text_id: int
+    other_end_ids: tuple[int, ...] = ()
+    """More tokens that end a text, such as one that ends a turn of a conversation."""
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Return every token that ends a text."""
+        return (self.end_of_text_id, *self.other_end_ids)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -120,8 +127,20 @@ def load_tokenizer(path: Path, *, vocab_size: int | None = None) -> TextTokenize
     return parse_tokenizer(text, source=str(path), vocab_size=vocab_size)
 
 
-def parse_tokenizer(text: str, *, source: str, vocab_size: int | None = None) -> TextTokenizer:
-    """Do as ``load_tokenizer`` with the content of a ``tokenizer.json``; ``source`` names it in errors."""
+def parse_tokenizer(
+    text: str, *, source: str, vocab_size: int | None = None, end_ids: Sequence[int] = ()
+) -> TextTokenizer:
+    """Do as ``load_tokenizer`` with the content of a ``tokenizer.json``.
+
+    Args:
+        text: The content.
+        source: Names it in errors.
+        vocab_size: See ``load_tokenizer``.
+        end_ids: Tokens that end a text, the one that parts documents first; by default it is found by its name.
+
+    Raises:
+        DataError: see ``load_tokenizer``.
+    """
     try:
         backend = Tokenizer.from_str(text)
     except Exception as error:  # The binding raises nothing narrower.
@@ -129,7 +148,7 @@ def parse_tokenizer(text: str, *, source: str, vocab_size: int | None = None) ->
     # What the file says about batches of prompts must not cut or pad documents.
     backend.no_truncation()
     backend.no_padding()
-    return _wrap(backend, source=source, vocab_size=vocab_size)
+    return _wrap(backend, source=source, vocab_size=vocab_size, end_ids=end_ids)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
@@ -161,10 +180,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TextTokenizer:
     return _wrap(backend, source="the trained tokenizer", vocab_size=vocab_size)
 
 
-def _wrap(backend: Tokenizer, *, source: str, vocab_size: int | None) -> TextTokenizer:
+def _wrap(backend: Tokenizer, *, source: str, vocab_size: int | None, end_ids: Sequence[int] = ()) -> TextTokenizer:
     # A text that spells a special token, as this file does, must not end its document.
     backend.encode_special_tokens = True
-    tokenizer = TextTokenizer(backend, _find_end_of_text(backend, source=source))
+    first, *others = end_ids or [_find_end_of_text(backend, source=source)]
+    tokenizer = TextTokenizer(backend, first, tuple(others))
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{source} has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size={vocab_size} allows ids below "

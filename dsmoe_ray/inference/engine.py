@@ -136,7 +136,7 @@ class Engine:
             request,
             state,
             decode=self.tokenizer.decode,
-            end_of_text_id=self.tokenizer.end_of_text_id,
+            end_ids=self.tokenizer.end_ids,
             max_len=max_len,
         )
 

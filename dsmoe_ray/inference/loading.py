@@ -71,6 +71,7 @@ def load_engine(
         artifact.tokenizer_json,
         source=f"the tokenizer of {artifact.directory}",
         vocab_size=artifact.model_config.vocab_size,
+        end_ids=artifact.eos_token_ids,
     )
     return Engine(build_runner(model, config), tokenizer, config)
 

@@ -24,14 +24,14 @@ class RunningSequence:
         state: SequenceState,
         *,
         decode: Callable[[Sequence[int]], str],
-        end_of_text_id: int,
+        end_ids: Sequence[int],
         max_len: int,
     ) -> None:
         self.request_id, self.sequence_idx, self.state = request_id, sequence_idx, state
         self._request = request
         self._seed = request.seed_of(sequence_idx)
         self._text = TextStream(decode, request)
-        self._ends = {*request.stop_token_ids, *(() if request.ignore_eos else (end_of_text_id,))}
+        self._ends = {*request.stop_token_ids, *(() if request.ignore_eos else end_ids)}
         self._max_len = max_len
         sampling = request.sampling
         self._counts = TokenCounts(request.prompt_ids, request.generated_ids) if sampling.has_penalties else None

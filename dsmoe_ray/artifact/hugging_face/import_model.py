@@ -41,6 +41,12 @@ class OpenedModel(NamedTuple):
     generation_config: dict[str, Any]
     chat_template: str | None
 
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """Tokens that end a text; empty if the model does not say."""
+        found = self.generation_config.get("eos_token_id")
+        return found if isinstance(found, list) else [] if found is None else [found]
+
 
 def open_model(directory: Path) -> OpenedModel:
     """Read everything but the weights.

@@ -42,6 +42,42 @@ def test_side_files_and_provenance_come_back(artifact_dir, config):
     assert artifact.manifest.routing["ffn"]["inference"]["top_k"] == 3
 
 
+def test_a_chat_template_and_more_defaults_come_back_too(publish):
+    template = "{% for m in messages %}{{ m.content }}\u00e9\n{% endfor %}"
+    artifact = load_artifact(publish(chat_template=template, generation_config={"top_p": 0.9, "eos_token_id": [3, 4]}))
+    assert artifact.chat_template == template
+    assert artifact.generation_config == {"max_length": 4, "top_p": 0.9, "eos_token_id": [3, 4]}
+    assert artifact.eos_token_ids == [3, 4]
+
+
+def test_an_artifact_from_before_there_were_templates_has_none(artifact_dir):
+    assert not (artifact_dir / "chat_template.jinja").exists()
+    artifact = load_artifact(artifact_dir)
+    assert artifact.chat_template is None and artifact.eos_token_ids == [0]
+
+
+def test_a_changed_chat_template_is_refused(publish):
+    directory = publish(chat_template="{{ messages }}")
+    (directory / "chat_template.jinja").write_text("{{ massages }}")
+    with pytest.raises(ArtifactError, match=r"chat_template\.jinja does not match its SHA-256 digest"):
+        load_artifact(directory)
+
+
+@pytest.mark.parametrize("token", [11, -1, "x", True, [0, 11]])
+def test_an_end_of_text_that_is_no_token_of_the_model_is_refused(publish, token):
+    artifact = load_artifact(publish(generation_config={"eos_token_id": token}))
+    with pytest.raises(ArtifactError, match="is no token id below vocab_size=11"):
+        _ = artifact.eos_token_ids
+
+
+def test_one_parameter_can_be_read_by_its_name(artifact_dir, tensors):
+    artifact = load_artifact(artifact_dir)
+    for name, tensor in tensors.items():
+        assert torch.equal(artifact.load_parameter(name), tensor), name
+    with pytest.raises(KeyError):
+        artifact.load_parameter("blocks.9.attention.wq")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_experts_of_a_layer_lie_side_by_side_so_that_the_wide_matrix_is_a_view(publish, tensors, dtype):
     artifact = load_artifact(publish(dtype=dtype))

@@ -108,6 +108,13 @@ def test_ids_with_gaps_count_by_the_largest():
     assert parse_tokenizer(backend.to_str(), source="test", vocab_size=901).end_of_text_id == 900
 
 
+def test_tokens_that_end_a_text_may_be_named_by_the_model():
+    backend = Tokenizer(models.WordLevel({"a": 0, "<|im_end|>": 1, "</s>": 2}, unk_token="a"))
+    named = parse_tokenizer(backend.to_str(), source="test", end_ids=[1, 2])
+    assert (named.end_of_text_id, named.end_ids) == (1, (1, 2))
+    assert parse_tokenizer(backend.to_str(), source="test").end_ids == (2,)
+
+
 def test_a_tokenizer_without_an_end_of_text_is_refused():
     with pytest.raises(DataError, match=r"no token that ends a text; it needs one of <\|endoftext\|>"):
         parse_tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).to_str(), source="test")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsmoe_ray.artifact.load import load_artifact
+from dsmoe_ray.artifact.save import save_artifact
 from dsmoe_ray.errors import ArtifactError
 from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.generation import Generator
@@ -77,3 +78,27 @@ def resident_bytes(directory):
         elif is_ours and line.startswith("Rss:"):
             total += int(line.split()[1]) * 1024
     return total
+
+
+def test_the_engine_ends_texts_where_the_defaults_for_generation_say(tmp_path):
+    directory = write_tiny_artifact(tmp_path / "artifact")
+    prompt = [5, 6, 7]
+    everything = generate(load_engine(load_artifact(directory)), prompt, ignore_eos=True)
+    # The tokens that the model comes to, in the order of their first use: each may be the one that ends a text.
+    for end in list(dict.fromkeys(everything))[:3]:
+        saved = load_artifact(directory)
+        other = tmp_path / f"ends-with-{end}"
+        save_artifact(
+            other,
+            model_config=saved.model_config,
+            tensors=saved.load_state_dict().items(),
+            tokenizer_json=saved.tokenizer_json,
+            provenance={},
+            generation_config={"eos_token_id": [299, end]},
+        )
+        assert generate(load_engine(load_artifact(other)), prompt) == everything[: everything.index(end)]
+
+
+def generate(engine, prompt, **options):
+    [outputs] = Generator(engine).run([GenerationRequest(prompt_ids=prompt, max_tokens=16, **options)])
+    return [output.token.token_id for output in outputs if output.token is not None]
