@@ -20,6 +20,18 @@ def test_bfloat16_is_closer_to_float32_than_the_plain_forward_pass_in_bfloat16(a
     assert 0 < (found - expected).norm() < (plain - expected).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_number_of_threads_changes_no_bit(dtype):
+    sizes = {"d_model": 256, "head_dim": 96, "d_ff": 301, "num_layers": 1}
+    model = make_model(attention="gqa", dtype=dtype, **sizes)
+    rules = resolve_routing("top_k=3", model.config)
+    found = []
+    for num_threads in (1, 2, 3):
+        runner = make_runner("cpu native", model, num_blocks=8, num_threads=num_threads)
+        found.append(torch.cat(PagedSequences(runner, [60, 20], rules=[rules]).run([[50] + [1] * 10, [10] * 2])))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_a_step_of_more_tokens_than_there_is_memory_for_is_refused():
     model = make_model()
     runner = make_runner("cpu native", model, num_blocks=20)
