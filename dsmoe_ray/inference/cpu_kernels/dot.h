@@ -4,6 +4,8 @@
 // share a pass over the weights. So a row's result does not depend on its neighbours.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "vectors.h"
@@ -12,6 +14,36 @@ namespace dsmoe {
 
 constexpr int kMaxRows = 8;     // most weight rows that share a pass over inputs
 constexpr int kTokenTile = 6;   // tokens that share a pass over weights
+
+// Up to so many tokens a step waits for memory, and pieces of work take equally long.
+constexpr int kFewTokens = 8;
+
+// Shares out the pieces of work [0, count) to all threads of a region, without a barrier at the end. For few tokens each
+// thread gets neighbouring pieces, whose weights it has asked for ahead; for many, whoever is free takes the next.
+template <typename Body>
+inline void share_out(int64_t count, int num_tokens, Body body) {
+  if (num_tokens <= kFewTokens) {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < count; ++i) body(i);
+  } else {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t i = 0; i < count; ++i) body(i);
+  }
+}
+
+constexpr int64_t kEarlyBytes = 128 << 10;  // weights that a thread asks for before it needs them
+
+// Asks for the first of this thread's weights of the next product, out of `count` equal pieces of `piece_bytes` that
+// share_out gives to all threads: small work goes on meanwhile, and memory would idle. For few tokens only.
+inline void fetch_early(const void* weights, int64_t count, int64_t piece_bytes, int num_tokens) {
+  if (num_tokens > kFewTokens) return;
+  const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+  // As the static schedule of OpenMP deals: the first count % threads threads get one more.
+  const int64_t first = count / threads * thread + std::min(count % threads, thread);
+  const int64_t bytes = std::min(kEarlyBytes, (count - first) * piece_bytes);
+  const char* from = static_cast<const char*>(weights) + first * piece_bytes;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
 
 // Calls body.template operator()<C>() with C = count, which is 1 to kTokenTile.
 template <typename Body>

@@ -328,18 +328,17 @@ inline int64_t columns_per_chunk(int64_t num_columns, int num_threads) {
 // that one of its inputs is added to; start(begin, end) is called for every range of columns before anything is added.
 // Called by all threads of a parallel region; ends with a barrier.
 template <typename T, typename Group, typename Target, typename Start>
-inline void project_down(int num_groups, int64_t size, int64_t num_columns, int num_threads, float* partial,
-                         Group group, Target target, Start start) {
+inline void project_down(int num_groups, int num_tokens, int64_t size, int64_t num_columns, int num_threads,
+                         float* partial, Group group, Target target, Start start) {
   const int num_blocks = count_sum_blocks(size);
-#pragma omp for schedule(dynamic, 1)
-  for (int work = 0; work < num_groups * num_blocks; ++work) {
-    const DownGroup<T> one = group(work / num_blocks);
-    if (streams(one.num_inputs, num_columns)) stream_partial(one, size, num_columns, work % num_blocks, partial);
-  }
-  const int64_t width = columns_per_chunk(num_columns, num_threads);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t begin = 0; begin < num_columns; begin += width) {
-    const int64_t end = std::min(begin + width, num_columns);
+  share_out(int64_t(num_groups) * num_blocks, num_tokens, [&](int64_t work) {
+    const DownGroup<T> one = group(int(work / num_blocks));
+    if (streams(one.num_inputs, num_columns)) stream_partial(one, size, num_columns, int(work % num_blocks), partial);
+  });
+#pragma omp barrier
+  const int64_t width = columns_per_chunk(num_columns, num_threads), num_chunks = (num_columns + width - 1) / width;
+  share_out(num_chunks, num_tokens, [&](int64_t chunk) {
+    const int64_t begin = chunk * width, end = std::min(begin + width, num_columns);
     start(begin, end);
     for (int i = 0; i < num_groups; ++i) {
       const DownGroup<T> one = group(i);
@@ -350,7 +349,8 @@ inline void project_down(int num_groups, int64_t size, int64_t num_columns, int 
       else
         add_tiles(one, group(std::min(i + 1, num_groups - 1)).weights, size, num_columns, begin, end, target_of);
     }
-  }
+  });
+#pragma omp barrier
 }
 
 }  // namespace dsmoe

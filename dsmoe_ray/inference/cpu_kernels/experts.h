@@ -84,7 +84,7 @@ template <typename T>
 inline void combine_outputs(const ExpertWeights& weights, const ExpertCall& call, int num_active) {
   const int64_t d_model = weights.d_model, d_ff = weights.d_ff;
   project_down<T>(
-      num_active, d_ff, d_model, weights.num_threads, call.partial,
+      num_active, call.num_tokens, d_ff, d_model, weights.num_threads, call.partial,
       [&](int i) {
         const int expert = call.active_experts[i], first = call.expert_starts[expert];
         return DownGroup<T>{static_cast<const T*>(weights.w2) + expert * d_ff * d_model,
@@ -109,12 +109,12 @@ inline void run_experts(const ExpertWeights& weights, const ExpertCall& call) {
   }
   const int num_active = *call.num_active;
   const int chunks = (weights.d_ff + kHiddenChunk - 1) / kHiddenChunk;
-#pragma omp for schedule(dynamic, 1)
-  for (int work = 0; work < num_active * chunks; ++work) {
-    const int first = work % chunks * kHiddenChunk;
+  share_out(int64_t(num_active) * chunks, call.num_tokens, [&](int64_t work) {
+    const int first = int(work % chunks) * kHiddenChunk;
     compute_hidden<T>(weights, call, call.active_experts[work / chunks], first,
                       std::min(kHiddenChunk, weights.d_ff - first));
-  }
+  });
+#pragma omp barrier
   combine_outputs<T>(weights, call, num_active);
 }
 

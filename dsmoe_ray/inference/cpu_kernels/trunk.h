@@ -54,14 +54,14 @@ template <typename T>
 inline void project(const void* weights, int num_rows, int64_t size, const void* x, int num_tokens, float* out,
                     int64_t out_stride, int num_threads) {
   const int chunk = rows_per_chunk<T>(num_rows, size, num_threads);
-#pragma omp for schedule(dynamic, 1) nowait
-  for (int first = 0; first < num_rows; first += chunk) {
+  share_out((num_rows + chunk - 1) / chunk, num_tokens, [&](int64_t work) {
+    const int first = int(work) * chunk;
     const T* rows = static_cast<const T*>(weights) + first * size;
     dot_rows<T>(
-        std::min(chunk, num_rows - first), num_tokens, size, double(size),
-        [&](int row) { return rows + row * size; }, [&](int t) { return static_cast<const T*>(x) + t * size; },
+        std::min(chunk, num_rows - first), num_tokens, size, double(size), [&](int row) { return rows + row * size; },
+        [&](int t) { return static_cast<const T*>(x) + t * size; },
         [&](int row, int t, float value) { out[t * out_stride + first + row] = value; });
-  }
+  });
 }
 
 // Probabilities over all experts; scores are float32 whatever the weights' type. Ends with a barrier.
@@ -163,7 +163,7 @@ inline void project_out(const Model& model, const LayerWeights& layer, const Ste
   const int64_t d_model = model.d_model, size = int64_t(model.num_heads) * model.head_dim;
   const DownGroup<T> group{static_cast<const T*>(layer.wo), static_cast<const T*>(step.attended), step.num_tokens, 0};
   project_down<T>(
-      1, size, d_model, model.num_threads, step.partial, [&](int) { return group; },
+      1, step.num_tokens, size, d_model, model.num_threads, step.partial, [&](int) { return group; },
       [&](int, int token) { return step.x + token * d_model; }, [](int64_t, int64_t) {});
 }
 
@@ -171,6 +171,9 @@ inline void project_out(const Model& model, const LayerWeights& layer, const Ste
 template <typename T>
 inline void run_trunk(const Model& model, const Step& step, int index, int num_tiles) {
   const LayerWeights& layer = model.layers[index];
+  const int64_t row_bytes = model.d_model * int64_t(sizeof(T));
+  const int width = model.num_heads * model.head_dim, chunk = rows_per_chunk<T>(width, model.d_model, model.num_threads);
+  fetch_early(layer.wq, (width + chunk - 1) / chunk, chunk * row_bytes, step.num_tokens);
   norm_all<T>(model, step, layer.attention_norm, index > 0);
   const int attention_experts = layer.attention_router.num_experts;
   if (attention_experts) {
@@ -183,10 +186,14 @@ inline void run_trunk(const Model& model, const Step& step, int index, int num_t
     });
   }
   project_heads<T>(model, layer, step);
+  fetch_early(layer.wo, count_sum_blocks(width), kSumBlock * row_bytes, step.num_tokens);
   attend_all<T>(model, layer, step, num_tiles);
   project_out<T>(model, layer, step);
-  norm_all<T>(model, step, layer.ffn_norm, false);
   const int num_experts = layer.ffn_router.num_experts;
+  if (num_experts && !layer.ffn_router.hidden)
+    fetch_early(layer.ffn_router.proj, num_experts / kMaxRows, kMaxRows * model.d_model * int64_t(sizeof(float)),
+                step.num_tokens);
+  norm_all<T>(model, step, layer.ffn_norm, false);
   if (!num_experts) return;
   const RoutingTimer timer(omp_get_thread_num() == 0 ? step.routing_s : nullptr);
   score_experts<T>(model, layer.ffn_router, step);
