@@ -148,8 +148,8 @@ class CpuRunner:
             self._kernels.dsmoe_trunk(self._model_ref, self._step_ref, layer)
             handle = self.experts.dispatch(layer, x_TD, assignment)
             yield
-            # The next layer's trunk begins by adding it.
-            y_TD = self.experts.combine(handle)
+            # The next layer's trunk begins by adding it, in float32 whatever came.
+            y_TD = self.experts.combine(handle).float().contiguous()
             self._step.y = y_TD.data_ptr()
         # Until the last sum is added it must stay alive.
         self._y_TD = y_TD
@@ -180,9 +180,19 @@ class CpuRunner:
         return self._rule_tables[key][0]
 
 
+def count_block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return the memory of one block of the KV cache, all layers together; heads are padded to whole vectors."""
+    return (
+        2 * config.num_layers * config.attention.num_kv_heads * BLOCK_SIZE * _padded_head_dim(config) * dtype.itemsize
+    )
+
+
+def _padded_head_dim(config: ModelConfig) -> int:
+    return -(-config.attention.head_dim // BLOCK_SIZE) * BLOCK_SIZE
+
+
 def _allocate_cache(config: ModelConfig, num_blocks: int, dtype: torch.dtype) -> torch.Tensor:
-    padded = -(-config.attention.head_dim // BLOCK_SIZE) * BLOCK_SIZE
-    shape = (config.num_layers, 2, num_blocks, config.attention.num_kv_heads, BLOCK_SIZE * padded)
+    shape = (config.num_layers, 2, num_blocks, config.attention.num_kv_heads, BLOCK_SIZE * _padded_head_dim(config))
     # Zeros: channels that only pad a head are read with the others.
     return torch.zeros(shape, dtype=dtype)
 

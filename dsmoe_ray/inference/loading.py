@@ -10,11 +10,10 @@ from dsmoe_ray.data.tokenizer import parse_tokenizer
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, KernelsUnavailableError
-from dsmoe_ray.inference.cpu_runner import CpuRunner
+from dsmoe_ray.inference.cpu_runner import CpuRunner, count_block_bytes
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.runner import ModelRunner
 from dsmoe_ray.inference.torch_runner import TorchRunner
-from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.rope import compute_rotations
 from dsmoe_ray.model.transformer import Transformer
 
@@ -82,29 +81,32 @@ def build_runner(model: Transformer, config: EngineConfig) -> ModelRunner:
     Raises:
         ConfigError: the configuration does not fit the model or the machine.
     """
-    num_blocks = config.compute_num_blocks(
-        bytes_per_block=_count_block_bytes(model.config, config.block_size, model.compute_dtype),
-        max_seq_len=model.config.max_seq_len,
-    )
     is_cpu = model.embedding.weight.device.type == "cpu"
     numerics = config.numerics
     if numerics == "auto":
         numerics = "exact" if is_cpu else "fast"
     if is_cpu:
         try:
-            return _build_cpu_runner(model, config, num_blocks, numerics)
+            return _build_cpu_runner(model, config, numerics)
         except KernelsUnavailableError as error:
             _logger.warning("running in PyTorch, which is several times slower: %s", error)
+    attention = model.config.attention
+    positions_bytes = 2 * model.config.num_layers * attention.num_kv_heads * attention.head_dim
+    num_blocks = config.compute_num_blocks(
+        bytes_per_block=positions_bytes * config.block_size * model.compute_dtype.itemsize,
+        max_seq_len=model.config.max_seq_len,
+    )
     return TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size, numerics=numerics)
 
 
-def _build_cpu_runner(
-    model: Transformer, config: EngineConfig, num_blocks: int, numerics: Literal["exact", "fast"]
-) -> CpuRunner:
+def _build_cpu_runner(model: Transformer, config: EngineConfig, numerics: Literal["exact", "fast"]) -> CpuRunner:
     if config.block_size != BLOCK_SIZE:
         raise ConfigError(
             f"block_size={config.block_size}: on a CPU a block has {BLOCK_SIZE} positions. Leave block_size out."
         )
+    num_blocks = config.compute_num_blocks(
+        bytes_per_block=count_block_bytes(model.config, model.compute_dtype), max_seq_len=model.config.max_seq_len
+    )
     return CpuRunner(
         model,
         num_blocks=num_blocks,
@@ -118,8 +120,3 @@ def _choose_dtype(dtype: DtypeName, device: torch.device, *, stored: torch.dtype
     if dtype != "auto":
         return getattr(torch, dtype)
     return stored if device.type == "cpu" else torch.bfloat16
-
-
-def _count_block_bytes(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    attention = config.attention
-    return 2 * config.num_layers * block_size * attention.num_kv_heads * attention.head_dim * dtype.itemsize
