@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from dsmoe_ray.artifact.load import load_artifact
-from dsmoe_ray.bench.engine_side import EngineSide, build_engine, publish
+from dsmoe_ray.bench.engine_side import build_engine, publish
 from dsmoe_ray.bench.engine_workloads import ENGINE_WORKLOADS
 from dsmoe_ray.bench.measure import Measurement, Spread
 from dsmoe_ray.bench.settings import Settings
 from dsmoe_ray.bench.worker import read_memory, reset_peak, return_free_memory
 from dsmoe_ray.bench.workloads import Dtype
 from dsmoe_ray.errors import BenchError
+from dsmoe_ray.inference.config import EngineConfig
+from dsmoe_ray.inference.requests import GenerationRequest
 
 _TIMEOUT_S = 600
 
@@ -34,7 +36,10 @@ def measure_peak(settings: Settings, *, workload: str, dtype: Dtype, batch_size:
 
 
 def _run(command: list[str]) -> dict[str, int]:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise BenchError(f"the measured process took longer than {_TIMEOUT_S} s") from error
     if done.returncode != 0:
         raise BenchError(f"the measured process failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout)
@@ -56,8 +61,14 @@ def generate(workload: str, artifact: Path, batch_size: int, small_artifact: Pat
 
 def _generate_once(workload: str, artifact: Path, batch_size: int) -> int:
     shape = ENGINE_WORKLOADS[workload]
-    engine = build_engine(shape, artifact, batch_size=batch_size)
-    EngineSide(engine, shape, batch_size=batch_size).run(1)
+    # As a user would run it: prompts go through in pieces of the default size.
+    default = EngineConfig.model_fields["max_batched_tokens"].default
+    engine = build_engine(shape, artifact, batch_size=batch_size, max_batched_tokens=default)
+    for idx, prompt in enumerate(shape.make_prompts(batch_size, seed=0)):
+        request = GenerationRequest(prompt_ids=prompt, max_tokens=shape.num_output_tokens, ignore_eos=True)
+        engine.add(idx, request)
+    while engine.has_work:
+        engine.step()
     return engine.status.kv_cache_bytes
 
 

@@ -4,7 +4,7 @@ import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from dsmoe_ray.bench.engine_workloads import ENGINE_WORKLOADS, EngineWorkload
 from dsmoe_ray.bench.workloads import Dtype
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.data.tokenizer import parse_tokenizer, train_tokenizer
+from dsmoe_ray.errors import BenchError
 from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.loading import build_runner, load_model
@@ -27,6 +28,7 @@ from dsmoe_ray.model.init import draw_initial
 
 Phase = Literal["prefill", "decode"]
 _BLOCK_SIZE = 16
+_LEAST_BATCHED_TOKENS = 512
 
 
 class EngineSide:
@@ -55,6 +57,8 @@ class EngineSide:
             self.engine.add(idx, GenerationRequest(prompt_ids=prompt, max_tokens=num_tokens, ignore_eos=True))
         while not all(tokens):
             self._step(tokens)
+        if any(len(own) != 1 for own in tokens):
+            raise BenchError("prompts were read in several steps, so that some sequences decoded before others")
         self.at_decode_start()
         first_s = monotonic_s()
         while self.engine.has_work:
@@ -69,7 +73,7 @@ class EngineSide:
 
 
 def build_engine(
-    workload: EngineWorkload, artifact: Path, *, batch_size: int, runner: ModelRunner | None = None, **options: str
+    workload: EngineWorkload, artifact: Path, *, batch_size: int, runner: ModelRunner | None = None, **options: Any
 ) -> Engine:
     """Return an engine with room for just this batch. Prompts are random, so no prefix is looked for."""
     config = build_engine_config(workload, batch_size, **options)
@@ -80,11 +84,16 @@ def build_engine(
     return Engine(runner or build_runner(load_model(published, device=torch.device("cpu")), config), tokenizer, config)
 
 
-def build_engine_config(workload: EngineWorkload, batch_size: int, **options: str) -> EngineConfig:
-    """Return the configuration that a batch needs."""
+def build_engine_config(workload: EngineWorkload, batch_size: int, **options: Any) -> EngineConfig:
+    """Return the configuration that a batch needs.
+
+    All prompts are read in one step, so that all sequences decode together from the first token to the last, as those
+    of other engines do.
+    """
     return EngineConfig.model_validate(
         {
             "max_num_seqs": batch_size,
+            "max_batched_tokens": max(_LEAST_BATCHED_TOKENS, batch_size * workload.num_prompt_tokens),
             "num_blocks": batch_size * -(-workload.num_positions // _BLOCK_SIZE),
             "prefix_cache": False,
             **options,

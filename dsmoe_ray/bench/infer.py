@@ -23,8 +23,10 @@ def choose_comparisons(names: Sequence[str], settings: Settings) -> list[Compari
     """Return the comparisons with these names, or whose names begin so; by default all.
 
     Raises:
-        ConfigError: a name fits none, or a peer is unknown.
+        ConfigError: a name fits none, a peer is unknown, or the device is no CPU.
     """
+    if settings.device != "cpu":
+        raise ConfigError(f"--device {settings.device}: infer is measured on a CPU only. Leave --device out.")
     if unknown := sorted(set(settings.peers) - set(_PEER_BARS)):
         raise ConfigError(f"--peer {unknown[0]}: there is no such peer. There are: {', '.join(_PEER_BARS)}.")
     offered = list(_list_comparisons())

@@ -84,11 +84,23 @@ class PeerProcess:
             BenchError: the process died, kept silent for too long or answered with something else.
         """
         answer = self._ask({"op": "decode", "prompts": prompts, "output_tokens": num_output_tokens})
-        return Generation(float(answer["prefill_s"]), float(answer["decode_s"]), answer["tokens"])
+        try:
+            done = Generation(float(answer["prefill_s"]), float(answer["decode_s"]), answer["tokens"])
+            lengths = [len(own) for own in done.tokens]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BenchError(f"peer answered {str(answer)[:80]}, which is no generation: {error!r}") from error
+        if lengths != [num_output_tokens] * len(prompts):
+            raise BenchError(
+                f"peer gave {lengths} tokens; asked for were {num_output_tokens} of each of {len(prompts)}"
+            )
+        return done
 
     def compute_logprobs(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the log-probabilities of every token as the next one of each prompt; raises like ``decode``."""
-        return self._ask({"op": "logprobs", "prompts": prompts})["logprobs"]
+        answer = self._ask({"op": "logprobs", "prompts": prompts})
+        if "logprobs" not in answer:
+            raise BenchError(f"peer answered {str(answer)[:80]}, which has no logprobs")
+        return answer["logprobs"]
 
     def close(self) -> None:
         """End the process, by force if it does not end by itself."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dsmoe_ray.bench.comparisons import Comparison, choose_by_name
 from dsmoe_ray.bench.measure import Bar
 from dsmoe_ray.bench.settings import Settings
+from dsmoe_ray.errors import ConfigError
 
 _TWIN = "dense-training step over the dense transformer of equal shape, one process"
 _PEER = "dense-training step over the whole step of transformers'"
@@ -91,8 +92,10 @@ def choose_comparisons(names: Sequence[str], settings: Settings) -> list[Compari
     """Return the comparisons with these names, or whose names begin so; by default all that suit the device.
 
     Raises:
-        ConfigError: a name fits none.
+        ConfigError: a name fits none, or other engines are named, which do not train.
     """
+    if settings.peers:
+        raise ConfigError("--peer is for bench infer; other engines do not train. Leave it out.")
     if names:
         return choose_by_name(names, [*COMPARISONS, GPU_COMPARISON])
     if settings.device == "cpu":

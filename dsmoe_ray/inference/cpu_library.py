@@ -85,7 +85,7 @@ ACTIVATIONS = {"gelu": 0, "swiglu": 1}
 STEP_INPUTS = ("tokens", "query_starts", "first_positions", "block_tables", "rule_idxs", "rules")
 STEP_MEMORY = (
     *("x", "normed", "normed_cast", "q", "kv", "attended", "router_hidden", "router_probs", "attention_gates"),
-    *("expert_ids", "gates", "num_kept", "sequence_of", "tiles", "rule_top_k", "partial"),
+    *("expert_ids", "gates", "sequence_of", "tiles", "rule_top_k", "partial"),
 )
 
 

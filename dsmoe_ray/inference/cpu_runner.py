@@ -1,4 +1,5 @@
-"""The runner for CPUs: every layer is two calls of compiled kernels, its trunk and its experts.
+"""The runner for CPUs, on compiled kernels: all layers in one call, or, where experts are elsewhere, one for the trunk
+of each layer.
 
 Weights are used where they lie, in the mapped files of the artifact. Numerics are exact in either mode: a kernel sums
 each output in one order whatever else it computes; only the mean that ``threshold_top_k`` takes differs.
@@ -141,7 +142,7 @@ class CpuRunner:
         return x_TD, ExpertAssignment(ids_TE, gates_TE)
 
     def _run_layers(self) -> Iterator[None]:
-        """Run all layers, pausing while experts work, so that another step's trunk can run meanwhile."""
+        """Run the trunk of one layer after another, pausing while the experts of each work elsewhere."""
         x_TD, assignment = self._expert_inputs()
         self._kernels.dsmoe_embed(self._model_ref, self._step_ref)
         for layer in range(self.config.num_layers):
@@ -215,12 +216,11 @@ def _allocate_memory(
         "router_probs": max(attention_experts, num_experts),
         "attention_gates": attention_experts,
         **dict.fromkeys(("expert_ids", "gates"), num_experts),
-        "num_kept": 1,
         "sequence_of": 1,
         "tiles": 2,
     }
     dtypes = dict.fromkeys(("normed_cast", "attended"), dtype) | dict.fromkeys(
-        ("expert_ids", "num_kept", "sequence_of", "tiles"), torch.int32
+        ("expert_ids", "sequence_of", "tiles"), torch.int32
     )
     memory = {name: torch.empty(max_tokens, width, dtype=dtypes.get(name)) for name, width in widths.items()}
     memory["expert_ids"].zero_()

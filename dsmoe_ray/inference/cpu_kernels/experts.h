@@ -102,11 +102,13 @@ inline void combine_outputs(const ExpertWeights& weights, const ExpertCall& call
 
 template <typename T>
 inline void run_experts(const ExpertWeights& weights, const ExpertCall& call) {
-#pragma omp single
+  // On the thread that times routers too, so that no two add to the total at once.
+#pragma omp master
   {
     const RoutingTimer timer(call.routing_s);
     *call.num_active = group_by_expert(weights, call);
   }
+#pragma omp barrier
   const int num_active = *call.num_active;
   const int chunks = (weights.d_ff + kHiddenChunk - 1) / kHiddenChunk;
   share_out(int64_t(num_active) * chunks, call.num_tokens, [&](int64_t work) {

@@ -84,7 +84,6 @@ struct Step {
   float* attention_gates;          // (T, attention experts)
   int32_t* expert_ids;             // (T, E) ascending, then -1
   float* gates;                    // (T, E), then 0
-  int32_t* num_kept;               // (T,)
   int32_t* sequence_of;            // (T,)
   int32_t* tiles;                  // (T, 2): sequence and first row of each attention tile
   int32_t* rule_top_k;             // (rules,)

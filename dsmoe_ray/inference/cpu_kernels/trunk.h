@@ -203,7 +203,6 @@ inline void run_trunk(const Model& model, const Step& step, int index, int num_t
     std::copy(gates, gates + n, step.gates + offset);
     std::fill(step.expert_ids + offset + n, step.expert_ids + offset + num_experts, -1);
     std::fill(step.gates + offset + n, step.gates + offset + num_experts, 0.0f);
-    step.num_kept[t] = n;
   });
 }
 
