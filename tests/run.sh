@@ -17,6 +17,12 @@ setup_old_transformers() {
   printf '%s' "${wanted[*]}" >"$target/.setup"
 }
 
+# The engine's kernels are compiled at first use; without a compiler their tests would be skipped.
+ensure_compiler() {
+  command -v g++ >/dev/null || command -v clang++ >/dev/null && return 0
+  [[ "$(id -u)" == 0 ]] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y g++ >&2
+}
+
 selection=()
 if [[ "${1:-}" == fast ]]; then
   shift
@@ -24,6 +30,7 @@ if [[ "${1:-}" == fast ]]; then
 fi
 
 failed=()
+ensure_compiler || printf 'No C++ compiler, and none could be installed; tests of the CPU kernels are skipped.\n' >&2
 setup_old_transformers || failed+=("set-up of transformers 4.57")
 run_stage() {
   local name="$1" started=$SECONDS
