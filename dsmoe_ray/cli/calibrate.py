@@ -30,7 +30,7 @@ from dsmoe_ray.evaluation.calibration_report import (
 )
 from dsmoe_ray.evaluation.quality import plan_windows
 from dsmoe_ray.evaluation.rule_meter import StageCallback
-from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.loading import load_model_to_measure
 from dsmoe_ray.model.config import ModelConfig, MoeConfig
 
 DEFAULT_MAX_TOKENS = 32768
@@ -103,7 +103,7 @@ def command(
     picture = _check_places(artifact, out, plot, dry_run=dry_run)
     shards = open_text(published, data, include=include, field=field)
     windows = plan_windows(shards, seq_len=check_seq_len(seq_len, config.max_seq_len), max_tokens=max_tokens)
-    model = load_model(published)
+    model = load_model_to_measure(published)
     with _progress_bar() as on_progress:
         found = calibrate(model, shards, budget=budget, method=known_method, windows=windows, on_progress=on_progress)
     duration_s = clock.monotonic_s() - start_s

@@ -19,7 +19,7 @@ from dsmoe_ray.data.tokenizer import parse_tokenizer
 from dsmoe_ray.errors import UserError
 from dsmoe_ray.evaluation.quality import ProgressCallback, measure_quality, plan_windows
 from dsmoe_ray.evaluation.report import to_json, to_table
-from dsmoe_ray.inference.loading import load_model
+from dsmoe_ray.inference.loading import load_model_to_measure
 from dsmoe_ray.inference.routing import DEPLOYED, ROUTING_HELP, name_routing, resolve_routing
 
 
@@ -55,7 +55,7 @@ def command(
     seq_len = check_seq_len(seq_len, config.max_seq_len)
     shards = open_text(published, data, include=include, field=field)
     windows = plan_windows(shards, seq_len=seq_len, max_tokens=max_tokens)
-    model = load_model(published)
+    model = load_model_to_measure(published)
     with _progress_bar() as on_progress:
         report = measure_quality(model, shards, settings, windows=windows, on_progress=on_progress)
     if as_json:

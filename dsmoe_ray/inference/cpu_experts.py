@@ -35,15 +35,15 @@ class CpuExperts:
         self._kernels = load_kernels()
         ffn = model.config.ffn
         num_experts = ffn.num_experts if isinstance(ffn, MoeConfig) else 1
-        self._d_model = model.config.d_model
-        self._model = model
+        self._d_model, self._max_tokens, self._num_experts = model.config.d_model, max_tokens, num_experts
+        self._model, self._dtype = model, model.embedding.weight.dtype
         described = [_describe(_find_weights(block), model.config, num_threads) for block in model.blocks]
         self._weights = (ExpertWeights * len(described))(*described)
         self._weight_refs = [reference(weights) for weights in self._weights]
         # Memory that is not written is not taken: this is the most that a call of all tokens to all experts can want.
         num_pairs = max_tokens * num_experts
         self._scratch = {
-            "hidden": torch.empty(num_pairs, ffn.d_ff, dtype=model.embedding.weight.dtype),
+            "hidden": torch.empty(num_pairs, ffn.d_ff, dtype=self._dtype),
             "expert_starts": torch.empty(num_experts + 1, dtype=torch.int32),
             "pair_tokens": torch.empty(num_pairs, dtype=torch.int32),
             "pair_gates": torch.empty(num_pairs),
@@ -63,11 +63,40 @@ class CpuExperts:
         self._call.routing_s = total_s.ctypes.data
 
     def bind(self, x_TD: torch.Tensor, assignment: ExpertAssignment, y_TD: torch.Tensor) -> None:
-        """Let calls read and write these: for ``dispatch``, or for a runner that has the kernels run all layers."""
+        """Let calls read and write these: for ``dispatch``, or for a runner that has the kernels run all layers.
+
+        Raises:
+            ValueError: they are not what the kernels, which read plain memory, take them for.
+        """
+        self._check(x_TD, assignment)
         call = self._call
         call.num_tokens, call.x, call.y = len(x_TD), x_TD.data_ptr(), y_TD.data_ptr()
-        call.stride = assignment.expert_ids_TK.stride(0)
+        call.stride = assignment.expert_ids_TK.shape[1]
         call.expert_ids, call.gates = assignment.expert_ids_TK.data_ptr(), assignment.gates_TK.data_ptr()
+
+    def _check(self, x_TD: torch.Tensor, assignment: ExpertAssignment) -> None:
+        ids_TK, gates_TK = assignment.expert_ids_TK, assignment.gates_TK
+        num_tokens = len(x_TD)
+        if num_tokens > self._max_tokens:
+            raise ValueError(f"a call has {num_tokens} tokens; these experts take up to max_tokens={self._max_tokens}")
+        shape = ids_TK.shape
+        if len(shape) != 2 or shape[0] != num_tokens or shape[1] > self._num_experts or gates_TK.shape != shape:
+            raise ValueError(
+                f"expert ids are {tuple(shape)} and gates {tuple(gates_TK.shape)}; for {num_tokens} tokens both must "
+                f"be ({num_tokens}, K) with K up to {self._num_experts}"
+            )
+        if x_TD.shape != (num_tokens, self._d_model):
+            raise ValueError(f"tokens are {tuple(x_TD.shape)}; their rows must have d_model={self._d_model} numbers")
+        wanted = (
+            ("tokens", x_TD, self._dtype),
+            ("expert ids", ids_TK, torch.int32),
+            ("gates", gates_TK, torch.float32),
+        )
+        for name, tensor, dtype in wanted:
+            if tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} are {tensor.dtype} with strides {tensor.stride()}; they must be {dtype} and contiguous"
+                )
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
         """Compute at once; see ``ExpertBackend``."""

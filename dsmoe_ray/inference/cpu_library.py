@@ -1,11 +1,15 @@
 """The compiled CPU kernels: built from ``cpu_kernels/`` at first use, kept in the user's cache, called by ctypes.
 
-The structures here mirror ``cpu_kernels/model.h`` field by field; their sizes are compared when the library is loaded.
+The structures here mirror ``cpu_kernels/model.h`` field by field; their sizes and
+the constants are compared when the library is loaded.
 """
 
+import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -25,13 +29,17 @@ BLOCK_SIZE = 16
 MAX_STREAMED = 6
 """Most inputs of a down projection whose sums go through memory, ``kStreamInputs`` of the kernels."""
 _SUM_BLOCK = 256
+"""Inputs that a down projection sums up at a time, ``kSumBlock`` of the kernels."""
 PORTABLE = "portable"
 """Value of ``DSMOE_CPU_KERNELS`` that builds for any processor of this architecture."""
 OFF = "off"
 """Value of ``DSMOE_CPU_KERNELS`` that never builds: everything runs in PyTorch."""
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-shared", "-fPIC")
-_COMPILERS = ("g++", "c++", "clang++")
+COMPILERS = ("g++", "c++", "clang++")
+"""Looked for in this order where CXX is not set."""
 _BUILD_TIMEOUT_S = 600
+
+_logger = logging.getLogger(__name__)
 
 
 class KernelsUnavailableError(DsmoeError):
@@ -122,7 +130,6 @@ class ExpertCall(Structure):
 _STRUCTURES = (Rule, RouterWeights, LayerWeights, Model, Step, ExpertWeights, ExpertCall)
 
 
-@functools.cache
 def load_kernels(variant: str | None = None) -> ctypes.CDLL:
     """Return the library, building it if this is the first use of these sources on this machine.
 
@@ -136,49 +143,98 @@ def load_kernels(variant: str | None = None) -> ctypes.CDLL:
     variant = variant or os.environ.get("DSMOE_CPU_KERNELS", "")
     if variant == OFF:
         raise KernelsUnavailableError("CPU kernels are switched off by DSMOE_CPU_KERNELS=off")
-    path = _build(["-march=native"] if variant != PORTABLE else [])
+    flags = _FLAGS if variant == PORTABLE else (*_FLAGS, "-march=native")
+    loaded = _load_once(flags, os.environ.get("CXX", ""), _find_cache_directory())
+    if isinstance(loaded, str):
+        raise KernelsUnavailableError(loaded)
+    return loaded
+
+
+@functools.cache
+def _load_once(flags: tuple[str, ...], cxx: str, directory: Path | None) -> ctypes.CDLL | str:
+    """Return the library, or why there is none: a build that failed is not tried again in this process."""
     try:
+        path = _build(_find_compiler(cxx), flags, directory)
         library = ctypes.CDLL(str(path))
+    except KernelsUnavailableError as error:
+        return str(error)
     except OSError as error:
-        raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
+        return f"the CPU kernels cannot be built or loaded: {error}"
     _declare(library)
     return library
 
 
-def _build(machine_flags: list[str]) -> Path:
-    compiler = next(
-        (found for name in (os.environ.get("CXX"), *_COMPILERS) if name and (found := shutil.which(name))), ""
-    )
-    if not compiler:
+def _find_compiler(cxx: str) -> list[str]:
+    """Return the compiler as the words of a command: what CXX says, else the first that is installed."""
+    if cxx.strip():
+        words = [cxx] if shutil.which(cxx) else cxx.split()
+        if not shutil.which(words[0]):
+            raise KernelsUnavailableError(
+                f"CXX={cxx} names no program that can be run. Correct it, or unset it to use the first of "
+                f"{', '.join(COMPILERS)} that is installed."
+            )
+        return words
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
         raise KernelsUnavailableError(
-            f"no C++ compiler: none of {', '.join(_COMPILERS)} is installed and CXX is not set"
+            f"no C++ compiler: none of {', '.join(COMPILERS)} is installed and CXX is not set"
         )
-    flags = [*_FLAGS, *machine_flags]
-    path = _cache_directory() / f"cpu_kernels-{_digest(compiler, flags)}.so"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        built = Path(scratch) / path.name
-        command = [compiler, *flags, "-o", str(built), str(SOURCES / "library.cpp")]
+    return [compiler]
+
+
+def _build(compiler: list[str], flags: tuple[str, ...], directory: Path | None) -> Path:
+    """Build the library, or find it built, in the cache; where that cannot be written, in a directory of our own."""
+    name = f"cpu_kernels-{_digest(compiler, flags)}.so"
+    with contextlib.ExitStack() as stack:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise KernelsUnavailableError(f"the compiler {compiler} did not run: {error}") from error
-        if done.returncode != 0:
-            raise KernelsUnavailableError(f"{compiler} failed on the CPU kernels: {done.stderr.strip()[-2000:]}")
+            if directory is None:
+                raise FileNotFoundError("no home directory is known")
+            if (directory / name).exists():
+                return directory / name
+            directory.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=directory))
+        except OSError as error:
+            _logger.warning(
+                "the compiled CPU kernels cannot be kept for other processes: %s. Let XDG_CACHE_HOME be a directory "
+                "that can be written.",
+                error,
+            )
+            directory = _make_own_directory()
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=directory))
+        built = Path(scratch) / name
+        _compile(compiler, [*flags, "-o", str(built), str(SOURCES / "library.cpp")])
         # Two processes may build at once; the last one wins, and both have the same file.
-        built.replace(path)
-    return path
+        return built.replace(directory / name)
 
 
-def _digest(compiler: str, flags: list[str]) -> str:
+def _compile(compiler: list[str], arguments: list[str]) -> None:
+    named = " ".join(compiler)
+    try:
+        done = subprocess.run(
+            [*compiler, *arguments], capture_output=True, text=True, timeout=_BUILD_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailableError(f"the compiler {named} did not run: {error}") from error
+    if done.returncode != 0:
+        raise KernelsUnavailableError(f"{named} failed on the CPU kernels: {done.stderr.strip()[-2000:]}")
+
+
+@functools.cache
+def _make_own_directory() -> Path:
+    """Return a directory of this process, removed when it ends."""
+    directory = Path(tempfile.mkdtemp(prefix="dsmoe_ray-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def _digest(compiler: list[str], flags: tuple[str, ...]) -> str:
     """Name a build by all that goes into it: another processor, compiler or source gives another file."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    stat = os.stat(compiler)
-    digest.update(repr((compiler, stat.st_size, stat.st_mtime_ns, flags, platform.machine(), _processor())).encode())
+    programs = [os.stat(found) for word in compiler if (found := shutil.which(word))]
+    versions = [(program.st_size, program.st_mtime_ns) for program in programs]
+    digest.update(repr((compiler, versions, flags, platform.machine(), _processor())).encode())
     return digest.hexdigest()[:24]
 
 
@@ -191,16 +247,22 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-def _cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dsmoe_ray"
+def _find_cache_directory() -> Path | None:
+    """Return where builds are kept, or None where this user has no home."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "dsmoe_ray"
+    try:
+        return Path.home() / ".cache" / "dsmoe_ray"
+    except RuntimeError:
+        return None
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    sizes = (c_int32 * 16)()
-    count = library.dsmoe_struct_sizes(sizes)
-    expected = [ctypes.sizeof(structure) for structure in _STRUCTURES]
-    assert list(sizes[:count]) == expected, f"structures differ: {list(sizes[:count])}, expected {expected}"
+    numbers = (c_int32 * 16)()
+    count = library.dsmoe_layout(numbers)
+    found = list(numbers[:count])
+    expected = [*map(ctypes.sizeof, _STRUCTURES), BLOCK_SIZE, MAX_STREAMED, _SUM_BLOCK]
+    assert found == expected, f"structures or constants differ: {found} in the kernels, expected {expected}"
     library.dsmoe_embed.argtypes = [c_void_p, c_void_p]
     library.dsmoe_trunk.argtypes = [c_void_p, c_void_p, c_int32]
     library.dsmoe_experts.argtypes = [c_void_p, c_void_p]

@@ -81,6 +81,7 @@ class CpuRunner:
             KernelsUnavailableError: the kernels cannot be built on this machine.
         """
         self.config, self.num_blocks = model.config, num_blocks
+        self._max_tokens, self._max_seqs = max_tokens, max_seqs
         num_threads = num_threads or torch.get_num_threads()
         dtype = model.embedding.weight.dtype
         self._kernels = load_kernels()
@@ -158,6 +159,7 @@ class CpuRunner:
     def _take(self, batch: ForwardBatch) -> None:
         step, inputs = self._step, self._inputs
         num_tokens, num_sequences = batch.num_tokens, batch.num_sequences
+        self._check_limits(num_tokens, num_sequences, len(batch.rules))
         inputs["tokens"][:num_tokens] = batch.token_ids_T
         inputs["query_starts"][: num_sequences + 1] = batch.query_starts
         inputs["first_positions"][:num_sequences] = batch.first_positions_B
@@ -167,6 +169,14 @@ class CpuRunner:
         step.num_tokens, step.num_sequences, step.max_blocks = num_tokens, num_sequences, tables.shape[1]
         step.num_rules = len(batch.rules)
         step.rules = ctypes.addressof(self._describe_rules(batch.rules))
+
+    def _check_limits(self, num_tokens: int, num_sequences: int, num_rules: int) -> None:
+        """Refuse what the memory of a step, which the kernels write without looking, has no room for."""
+        if num_tokens > self._max_tokens or num_sequences > self._max_seqs or num_rules > self._max_seqs:
+            raise ValueError(
+                f"a step has {num_tokens} tokens of {num_sequences} sequences with {num_rules} routing rules; this "
+                f"runner takes up to max_tokens={self._max_tokens} of max_seqs={self._max_seqs} and as many rules"
+            )
 
     def _describe_rules(self, rules: Sequence[Sequence[LayerRouting]]) -> Any:
         """Return the rules as the kernels read them, (layers, rules, 2)."""

@@ -9,7 +9,7 @@ from dsmoe_ray.artifact.load import Artifact
 from dsmoe_ray.data.tokenizer import parse_tokenizer
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.config import EngineConfig
-from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, KernelsUnavailableError
+from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, DTYPES, KernelsUnavailableError
 from dsmoe_ray.inference.cpu_runner import CpuRunner, count_block_bytes
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.runner import ModelRunner
@@ -53,6 +53,15 @@ def load_model(artifact: Artifact, *, device: torch.device | None = None, dtype:
     cos, sin = compute_rotations(config.max_seq_len, config.attention.head_dim, config.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)
     return model.eval().requires_grad_(False)
+
+
+def load_model_to_measure(artifact: Artifact) -> Transformer:
+    """Return the artifact's model as its quality is measured: in float32 on a CPU, in bfloat16 on a GPU.
+
+    Raises:
+        ArtifactError: a tensor does not match its digest.
+    """
+    return load_model(artifact, dtype="auto" if torch.cuda.is_available() else "float32")
 
 
 def load_engine(
@@ -103,6 +112,12 @@ def _build_cpu_runner(model: Transformer, config: EngineConfig, numerics: Litera
     if config.block_size != BLOCK_SIZE:
         raise ConfigError(
             f"block_size={config.block_size}: on a CPU a block has {BLOCK_SIZE} positions. Leave block_size out."
+        )
+    stored = model.embedding.weight.dtype
+    if stored not in DTYPES:
+        allowed = " or ".join(str(dtype) for dtype in DTYPES)
+        raise ConfigError(
+            f"the model's weights are {stored}: on a CPU an engine computes in {allowed}. Set dtype to float32."
         )
     num_blocks = config.compute_num_blocks(
         bytes_per_block=count_block_bytes(model.config, model.compute_dtype), max_seq_len=model.config.max_seq_len

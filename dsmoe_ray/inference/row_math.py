@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from dsmoe_ray.errors import ConfigError
+
 TILES = (16, 8, 32, 64, 4, 1)
 """Numbers of rows to try, best first; a tile of one row has no neighbours and always does."""
 _PIECE = 1 << 14
@@ -83,7 +85,10 @@ class ExactMath:
 
     def find_tile(self, right: torch.Tensor) -> int:
         """Return how many rows to multiply with ``(K, N)`` at once so that none depends on its place among them."""
-        return self._find_tile(lambda rows: rows @ right, right)
+        # Numbers of our own where the weight's would be: NaN or zeros would tell nothing.
+        probe = torch.empty_strided(right.shape, right.stride(), dtype=right.dtype)
+        probe.copy_(torch.randn(right.shape, generator=torch.Generator().manual_seed(1)))
+        return self._find_tile(lambda rows: rows @ probe, probe)
 
     def find_attention_tile(self, num_kv_heads: int, head_dim: int, window: int) -> int:
         """Return how many query rows of each KV head may meet a window of keys and values at once, likewise."""
@@ -95,7 +100,13 @@ class ExactMath:
     def _find_tile(self, multiply: Callable[[torch.Tensor], torch.Tensor], right: torch.Tensor) -> int:
         key = (right.shape, right.stride(), right.dtype, torch.get_num_threads())
         if key not in self._tiles:
-            self._tiles[key] = next(tile for tile in TILES if _rows_agree(multiply, right, tile))
+            found = next((tile for tile in TILES if _rows_agree(multiply, right, tile)), None)
+            if found is None:
+                raise ConfigError(
+                    f"numerics=exact is not possible: a product of {tuple(right.shape)} {right.dtype} of numbers of "
+                    "size one is not finite on this machine. Set numerics to fast, or dtype to float32."
+                )
+            self._tiles[key] = found
         return self._tiles[key]
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dsmoe_ray.inference.cpu_experts import CpuExperts
-from dsmoe_ray.inference.cpu_library import KernelsUnavailableError
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.inference.row_math import ExactMath, FastMath
 from dsmoe_ray.inference.sparse_experts import LocalExperts
@@ -14,6 +13,7 @@ from dsmoe_ray.model.dispatch import ExpertAssignment
 from dsmoe_ray.model.init import initialize
 from dsmoe_ray.model.transformer import Transformer
 from tests.fakes.paged_sequences import PagedSequences
+from tests.fakes.runner_kinds import with_kernels
 from tests.numerics.references import sum_of_experts
 
 # Float32 sums of some thirty terms of size one in another order; logits of size ten after two layers.
@@ -22,10 +22,7 @@ NUM_EXPERTS, D_MODEL = 6, 32
 
 
 def build_compiled(model):
-    try:
-        return CpuExperts(model, max_tokens=64, num_threads=1)
-    except KernelsUnavailableError as error:
-        pytest.skip(f"no compiled kernels: {error}")
+    return with_kernels("cpu native", lambda: CpuExperts(model, max_tokens=64, num_threads=1))
 
 
 BACKENDS = {

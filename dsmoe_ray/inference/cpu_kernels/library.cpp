@@ -80,10 +80,11 @@ void finish(const Model& model, const Step& step, const int32_t* rows, int num_r
 extern "C" {
 
 // Must fit cpu_library.py; checked when the library is loaded.
-int32_t dsmoe_struct_sizes(int32_t* sizes) {
-  const int32_t found[] = {sizeof(Rule),  sizeof(RouterWeights), sizeof(LayerWeights), sizeof(Model),
-                           sizeof(Step), sizeof(ExpertWeights), sizeof(ExpertCall)};
-  std::copy(std::begin(found), std::end(found), sizes);
+int32_t dsmoe_layout(int32_t* numbers) {
+  const int32_t found[] = {sizeof(Rule), sizeof(RouterWeights), sizeof(LayerWeights), sizeof(Model),
+                           sizeof(Step), sizeof(ExpertWeights), sizeof(ExpertCall),
+                           kBlockSize,   kStreamInputs,         kSumBlock};
+  std::copy(std::begin(found), std::end(found), numbers);
   return int32_t(std::size(found));
 }
 

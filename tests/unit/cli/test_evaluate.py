@@ -4,7 +4,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+from dsmoe_ray.artifact.load import load_artifact
+from dsmoe_ray.artifact.save import save_artifact
 from dsmoe_ray.cli.main import main
 from dsmoe_ray.data.shard_writer import TokenShardWriter
 from tests.fakes.tiny_artifact import NUM_EXPERTS, TEXT, TOP_K, make_config, make_tokenizer, write_tiny_artifact
@@ -41,6 +44,24 @@ def test_json_is_one_object_with_dense_and_deployed_routing(artifact, text_file,
     for setting in found["settings"]:
         assert setting["perplexity"] == pytest.approx(np.exp(setting["loss"]))
     assert deployed["perplexity_over_dense_ratio"] == pytest.approx(deployed["perplexity"] / dense["perplexity"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU measures in bfloat16")
+def test_weights_stored_in_bfloat16_are_measured_in_float32(text_file, tmp_path, capsys):
+    narrow = load_artifact(write_tiny_artifact(tmp_path / "narrow", dtype=torch.bfloat16))
+    save_artifact(
+        tmp_path / "wide",
+        model_config=narrow.model_config,
+        tensors=((name, tensor.float()) for name, tensor in narrow.load_state_dict().items()),
+        tokenizer_json=narrow.tokenizer_json,
+        provenance={},
+        eos_token_id=narrow.eos_token_ids[0],
+    )
+    settings = [
+        json.loads(run(capsys, str(tmp_path / name), "--data", text_file, "--json")[1])["settings"]
+        for name in ("narrow", "wide")
+    ]
+    assert [one["loss"] for one in settings[0]] == [one["loss"] for one in settings[1]]
 
 
 def test_the_table_has_a_row_for_each_setting(artifact, text_file, capsys):

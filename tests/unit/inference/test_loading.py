@@ -8,13 +8,15 @@ import torch
 
 from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.artifact.save import save_artifact
-from dsmoe_ray.errors import ArtifactError
+from dsmoe_ray.errors import ArtifactError, ConfigError
 from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.generation import Generator
-from dsmoe_ray.inference.loading import load_engine, load_model
+from dsmoe_ray.inference.loading import build_runner, load_engine, load_model, load_model_to_measure
 from dsmoe_ray.inference.requests import GenerationRequest
+from dsmoe_ray.inference.torch_runner import TorchRunner
 from dsmoe_ray.model.init import initialize
 from dsmoe_ray.model.transformer import Transformer
+from tests.fakes.runner_kinds import make_model
 from tests.fakes.tiny_artifact import write_tiny_artifact
 
 
@@ -36,13 +38,51 @@ def test_float32_weights_are_used_where_they_lie(tmp_path):
         assert model.get_parameter(name).data_ptr() == tensor.data_ptr()
 
 
-def test_weights_stored_in_bfloat16_are_computed_with_in_float32_on_a_cpu(tmp_path):
+def test_weights_stored_in_bfloat16_are_computed_with_as_they_are_on_a_cpu(tmp_path):
     artifact = load_artifact(write_tiny_artifact(tmp_path / "artifact", dtype=torch.bfloat16))
     model = load_model(artifact, device=torch.device("cpu"))
     for name, tensor in artifact.load_state_dict().items():
         assert tensor.dtype == torch.bfloat16
-        assert torch.equal(model.get_parameter(name), tensor.float())
+        found = model.get_parameter(name)
+        # Norms and routers are read in float32 in every model.
+        wanted = torch.float32 if name.endswith(("norm.weight", "router.proj.weight")) else torch.bfloat16
+        assert found.dtype == wanted
+        assert torch.equal(found, tensor.to(wanted))
+    assert model.compute_dtype == torch.bfloat16
     assert model(torch.arange(9)[None]).logits_BSV.isfinite().all()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+def test_quality_is_measured_in_float32_on_a_cpu(tmp_path, monkeypatch, stored):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    artifact = load_artifact(write_tiny_artifact(tmp_path / "artifact", dtype=stored))
+    model = load_model_to_measure(artifact)
+    assert model.compute_dtype == torch.float32
+    for name, tensor in artifact.load_state_dict().items():
+        assert model.get_parameter(name).dtype == torch.float32
+        assert torch.equal(model.get_parameter(name), tensor.float())
+
+
+def test_without_kernels_everything_runs_in_pytorch_and_a_warning_says_why(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("DSMOE_CPU_KERNELS", "off")
+    model = load_model(load_artifact(write_tiny_artifact(tmp_path / "artifact")), device=torch.device("cpu"))
+    assert isinstance(build_runner(model, EngineConfig()), TorchRunner)
+    [record] = caplog.records
+    assert record.levelname == "WARNING" and "DSMOE_CPU_KERNELS=off" in record.getMessage()
+
+
+def test_a_compiler_that_fails_leaves_everything_to_pytorch(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = load_model(load_artifact(write_tiny_artifact(tmp_path / "artifact")), device=torch.device("cpu"))
+    assert isinstance(build_runner(model, EngineConfig()), TorchRunner)
+    assert "false failed on the CPU kernels" in caplog.text
+
+
+def test_a_type_that_a_cpu_does_not_compute_in_is_refused_with_those_it_does():
+    model = make_model(dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"torch\.float16: .*torch\.float32 or torch\.bfloat16"):
+        build_runner(model, EngineConfig())
 
 
 def test_a_damaged_weight_is_refused_by_name(tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.row_math import ExactMath, FastMath, in_pieces, rotate_exact
 from dsmoe_ray.model.rope import Rotate, compute_rotations
 
@@ -57,6 +58,22 @@ def test_a_tile_whose_rows_come_out_unlike_is_not_taken(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", uneven)
     assert math.find_tile(randn(24, 48)) == 4
+
+
+def test_weights_that_are_not_numbers_give_no_numbers():
+    x_TK, weight_NK = randn(5, 8), randn(6, 8)
+    whole_TN = ExactMath().linear(x_TK, weight_NK)
+    weight_NK[2] = float("nan")
+    found_TN = ExactMath().linear(x_TK, weight_NK)
+    assert found_TN[:, 2].isnan().all()
+    assert torch.equal(found_TN[:, 3:], whole_TN[:, 3:])
+
+
+def test_a_machine_whose_products_are_not_numbers_is_told(monkeypatch):
+    multiply = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda left, right: multiply(left, right) * float("nan"))
+    with pytest.raises(ConfigError, match=r"numerics=exact is not possible: a product of \(24, 48\) torch.float32"):
+        ExactMath().find_tile(randn(24, 48))
 
 
 def test_a_product_of_no_rows_is_empty():
