@@ -4,8 +4,11 @@ A block in use has one or more users and is never given out. A block without use
 allocation, or, if it is registered in the prefix cache, after all others, the longest unused first. Knows block ids,
 never their contents.
 
-A full block is registered under a key: a hash over the routing rules, all token ids before it and its own. Keys and
-values are a function of exactly these, so equal keys mean equal contents.
+A full block is registered under a key: a hash over the routing rules, all token ids before it and its own. With exact
+numerics keys and values are a function of exactly these, so equal keys mean equal contents. With fast numerics contents
+agree to rounding, but for one rule: ``threshold_top_k`` takes its mean over a step's tokens, so a block holds what came
+of the step that filled it. Computing its tokens again would not give the same either, as they would have other
+neighbours; who needs that sets numerics to exact.
 """
 
 from array import array

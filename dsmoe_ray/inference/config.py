@@ -30,7 +30,8 @@ class EngineConfig(Config):
     """Find the keys and values of a prompt's beginning if an earlier sequence began the same way."""
     numerics: Literal["auto", "exact", "fast"] = "auto"
     """``exact``: a sequence's results do not depend on its neighbours, on chunks or on where it runs. ``fast``: they
-    agree to rounding. ``auto`` is exact on a CPU and fast on a GPU."""
+    agree to rounding, except under ``threshold_top_k``, whose mean is over all tokens computed together. ``auto`` is
+    exact on a CPU and fast on a GPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What weights, keys and values are held in; ``auto`` takes the artifact's."""
 

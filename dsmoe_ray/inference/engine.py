@@ -6,7 +6,9 @@ one thread.
 """
 
 import functools
-from collections.abc import Hashable
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,16 +20,43 @@ from dsmoe_ray.inference.outputs import EngineStatus, SequenceOutput
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.runner import ModelRunner
 from dsmoe_ray.inference.running_sequence import RunningSequence
-from dsmoe_ray.inference.sampling import RowSampling, sample_batch
+from dsmoe_ray.inference.sampling import SampledToken, sample_batch
 from dsmoe_ray.inference.scheduler import Scheduler
 from dsmoe_ray.inference.sequence import Chunk, ScheduledStep, SequenceState, compute_rules_key
 from dsmoe_ray.model.transformer import LayerRouting, deployed_routing
+
+logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=256)
 def _intern_rules(rules: tuple[LayerRouting, ...]) -> tuple[tuple[LayerRouting, ...], bytes]:
     """Return one object for all equal rules, as a runner knows those it has seen by their identity; and their key."""
     return rules, compute_rules_key(rules)
+
+
+@dataclass(slots=True)
+class _Advance:
+    """What a step says of one sequence."""
+
+    sequence: RunningSequence
+    samples: bool
+    """Whether its last token was computed."""
+    row: int
+    """Of its last logits."""
+    scores: Sequence[SampledToken] = ()
+    """Of the prompt's tokens whose logits were computed."""
+    error: DsmoeError | None = None
+    """Why there are no scores."""
+    token: SampledToken | DsmoeError | None = None
+
+    def apply(self) -> SequenceOutput | None:
+        """Give it to the sequence."""
+        if self.error is not None:
+            return self.sequence.fail(self.error)
+        self.sequence.take_scores(self.scores)
+        if self.token is not None:
+            return self.sequence.take(self.token)
+        return self.sequence.end_after_prompt() if self.samples else None
 
 
 class Engine:
@@ -40,6 +69,8 @@ class Engine:
         self._scheduler = Scheduler(config, num_blocks=runner.num_blocks)
         self._sequences: dict[Hashable, RunningSequence] = {}
         """By sequence id, which is (request id, sequence index)."""
+        self._ids_of: dict[Hashable, dict[Hashable, None]] = {}
+        """By request id, the ids of its sequences that have not ended, in order."""
         self._deployed = tuple(deployed_routing(runner.config))
         self._num_steps = self._num_computed_tokens = self._num_generated_tokens = 0
 
@@ -51,8 +82,10 @@ class Engine:
             EngineFullError: too many wait already.
         """
         request.check_against(self.model_config)
-        if self._ids_of(request_id):
+        if self.has_request(request_id):
             raise RequestError(f"a request {request_id!r} is running already. Give this one another id.", param="id")
+        # Before texts are made for all n.
+        self._scheduler.check_queue(request.n)
         sequences = [self._make_sequence(request_id, idx, request) for idx in range(request.n)]
         if sequences[0].has_ended:
             raise RequestError(
@@ -62,14 +95,19 @@ class Engine:
             )
         self._scheduler.add(*(sequence.state for sequence in sequences))
         self._sequences |= {sequence.state.sequence_id: sequence for sequence in sequences}
+        self._ids_of[request_id] = {sequence.state.sequence_id: None for sequence in sequences}
 
     def cancel(self, request_id: Hashable) -> bool:
         """Let a request go: it is in no later step and has no more output. Return False if there is none."""
-        ids = self._ids_of(request_id)
+        ids = list(self._ids_of.get(request_id, ()))
         for sequence_id in ids:
             self._scheduler.cancel(sequence_id)
-            del self._sequences[sequence_id]
+            self._forget(sequence_id, request_id)
         return bool(ids)
+
+    def has_request(self, request_id: Hashable) -> bool:
+        """Return whether a request has sequences that have not ended."""
+        return request_id in self._ids_of
 
     @property
     def has_work(self) -> bool:
@@ -80,20 +118,22 @@ class Engine:
         """Compute one step; return what it added to each sequence that it added to.
 
         Raises:
-            Exception: whatever the runner raises. Nothing of the step counts then; the next call tries it again.
+            Exception: whatever the runner or sampling raises. Nothing of the step counts then; the next call tries it
+                again.
         """
         step = self._scheduler.schedule()
         if not step.chunks:
+            assert not self._sequences, f"{len(self._sequences)} sequences are here and none can be scheduled"
             return []
         try:
-            logits_RV = self._runner.run(build_batch(step))
+            advances = self._read_logits(step, self._runner.run(build_batch(step)))
         except BaseException:
             self._scheduler.abort(step)
             raise
         self._scheduler.complete(step)
         self._num_steps += 1
         self._num_computed_tokens += step.num_tokens
-        return self._advance(step, logits_RV)
+        return [output for advance in advances if (output := self._take(advance)) is not None]
 
     @property
     def status(self) -> EngineStatus:
@@ -112,10 +152,6 @@ class Engine:
             num_preemptions=scheduler.num_preemptions,
             num_generated_tokens=self._num_generated_tokens,
         )
-
-    def _ids_of(self, request_id: Hashable) -> list[Hashable]:
-        """Return the ids of a request's sequences that have not ended."""
-        return [sequence_id for sequence_id, one in self._sequences.items() if one.request_id == request_id]
 
     def _make_sequence(self, request_id: Hashable, idx: int, request: GenerationRequest) -> RunningSequence:
         rules, rules_key = _intern_rules(tuple(self._deployed if request.routing is None else request.routing))
@@ -140,60 +176,57 @@ class Engine:
             max_len=max_len,
         )
 
-    def _advance(self, step: ScheduledStep, logits_RV: torch.Tensor) -> list[SequenceOutput]:
-        """Give every sequence of the step what its logits say."""
-        outputs: list[SequenceOutput] = []
-        sampling: list[tuple[RunningSequence, RowSampling]] = []
-        sampled_rows: list[int] = []
+    def _read_logits(self, step: ScheduledStep, logits_RV: torch.Tensor) -> list[_Advance]:
+        """Return what a step's logits say of each of its sequences; changes nothing."""
+        advances: list[_Advance] = []
         row = 0
         for chunk in step.chunks:
             sequence = self._sequences[chunk.sequence.sequence_id]
             row += chunk.num_logits
-            if chunk.sequence.wants_prompt_logits and not self._score_prompt(sequence, chunk, logits_RV, row, outputs):
-                continue
-            if not chunk.samples:
-                continue
-            if not sequence.wants_tokens:
-                outputs.append(self._end(sequence, sequence.end_after_prompt()))
-                continue
-            sampling.append((sequence, sequence.row()))
-            sampled_rows.append(row - 1)
+            advance = _Advance(sequence, samples=chunk.samples, row=row - 1)
+            if chunk.sequence.wants_prompt_logits and chunk.num_logits:
+                self._score_prompt(advance, chunk, logits_RV[row - chunk.num_logits : row])
+            advances.append(advance)
+        sampling = [one for one in advances if one.samples and one.error is None and one.sequence.wants_tokens]
         if sampling:
-            wanted_RV = logits_RV if len(sampled_rows) == len(logits_RV) else logits_RV[sampled_rows]
-            tokens = sample_batch(wanted_RV, [sampling_row for _, sampling_row in sampling])
-            outputs += [self._take(sequence, token) for (sequence, _), token in zip(sampling, tokens, strict=True)]
-        return outputs
+            whole = len(sampling) == len(logits_RV)
+            wanted_RV = logits_RV if whole else logits_RV[[advance.row for advance in sampling]]
+            tokens = sample_batch(wanted_RV, [advance.sequence.row() for advance in sampling])
+            for advance, token in zip(sampling, tokens, strict=True):
+                advance.token = token
+        return advances
 
-    def _score_prompt(
-        self,
-        sequence: RunningSequence,
-        chunk: Chunk,
-        logits_RV: torch.Tensor,
-        end_row: int,
-        outputs: list[SequenceOutput],
-    ) -> bool:
-        """Give a sequence its prompt's log probabilities; return False if that ended it."""
-        if not chunk.num_logits:
-            return True
-        first_position = chunk.start + chunk.num_tokens - chunk.num_logits
+    def _score_prompt(self, advance: _Advance, chunk: Chunk, logits_RV: torch.Tensor) -> None:
         try:
-            sequence.score_prompt(logits_RV[end_row - chunk.num_logits : end_row], first_position)
+            advance.scores = advance.sequence.score_prompt(logits_RV, chunk.start + chunk.num_tokens - chunk.num_logits)
         except DsmoeError as error:
-            outputs.append(self._end(sequence, sequence.fail(error)))
-            return False
-        return True
+            advance.error = error
 
-    def _take(self, sequence: RunningSequence, token: object) -> SequenceOutput:
-        output = sequence.take(token)  # type: ignore[arg-type]
+    def _take(self, advance: _Advance) -> SequenceOutput | None:
+        """Give a sequence what its step says; return its output if there is one."""
+        sequence = advance.sequence
+        try:
+            output = advance.apply()
+        except Exception as error:
+            # The step counts for its neighbours already, so that only this sequence can be let go.
+            request_id, idx = sequence.request_id, sequence.sequence_idx
+            logger.exception("request %r, sequence %d: its output cannot be told", request_id, idx)
+            output = sequence.fail(DsmoeError(f"the output cannot be told, {type(error).__name__}: {error}"))
+        if output is None:
+            return None
         if output.token is not None:
             self._num_generated_tokens += 1
         if output.finish_reason is not None:
-            return self._end(sequence, output)
-        assert output.token is not None
-        self._scheduler.append_token(sequence.state, output.token.token_id)
+            self._scheduler.finish(sequence.state)
+            self._forget(sequence.state.sequence_id, sequence.request_id)
+        else:
+            assert output.token is not None
+            self._scheduler.append_token(sequence.state, output.token.token_id)
         return output
 
-    def _end(self, sequence: RunningSequence, output: SequenceOutput) -> SequenceOutput:
-        self._scheduler.finish(sequence.state)
-        del self._sequences[sequence.state.sequence_id]
-        return output
+    def _forget(self, sequence_id: Hashable, request_id: Hashable) -> None:
+        del self._sequences[sequence_id]
+        ids = self._ids_of[request_id]
+        del ids[sequence_id]
+        if not ids:
+            del self._ids_of[request_id]

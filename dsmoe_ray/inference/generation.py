@@ -1,5 +1,6 @@
 """Texts that are written while they are read: the engine as one process uses it, with nothing else driving it."""
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +19,8 @@ class Generator:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._outputs: dict[int, deque[SequenceOutput]] = {}
+        self._abandoned: deque[int] = deque()
+        """Requests whose generation is gone. They leave later, as that may be found out in the midst of a step."""
         self._next_id = 0
 
     def generate(
@@ -47,7 +50,10 @@ class Generator:
         request = GenerationRequest(
             prompt_ids=self.encode(prompt), max_tokens=max_tokens, routing=routing, sampling=sampling, stop=stop
         )
-        return Generation(self, self.submit(request), num_prompt_tokens=len(request.prompt_ids))
+        request_id = self.submit(request)
+        generation = Generation(self, request_id, num_prompt_tokens=len(request.prompt_ids))
+        weakref.finalize(generation, self._abandoned.append, request_id).atexit = False
+        return generation
 
     def run(self, requests: Sequence[GenerationRequest]) -> list[list[SequenceOutput]]:
         """Compute requests to their ends, together; return all outputs of each.
@@ -83,17 +89,23 @@ class Generator:
 
     def submit(self, request: GenerationRequest) -> int:
         """Give a request to the engine; return its id for ``read``."""
+        self._cancel_abandoned()
         request_id, self._next_id = self._next_id, self._next_id + 1
         self.engine.add(request_id, request)
         self._outputs[request_id] = deque()
         return request_id
 
     def read(self, request_id: int, *, num_sequences: int = 1) -> Iterator[SequenceOutput]:
-        """Yield the outputs of a request until all its sequences have ended; leaving early cancels it."""
-        outputs = self._outputs[request_id]
+        """Yield the outputs of a request until all its sequences have ended; leaving early cancels it.
+
+        A request that is cancelled meanwhile, or is not here, has no (more) outputs.
+        """
+        outputs = self._outputs.get(request_id, deque())
         try:
             while num_sequences:
                 while not outputs:
+                    if not self.engine.has_request(request_id):
+                        return
                     self._step()
                 output = outputs.popleft()
                 num_sequences -= output.finish_reason is not None
@@ -104,9 +116,14 @@ class Generator:
     def cancel(self, request_id: int) -> None:
         """Let a request go, read to its end or not."""
         self.engine.cancel(request_id)
-        self._outputs.pop(request_id, None)
+        self._outputs.pop(request_id, deque()).clear()
+
+    def _cancel_abandoned(self) -> None:
+        while self._abandoned:
+            self.cancel(self._abandoned.popleft())
 
     def _step(self) -> None:
+        self._cancel_abandoned()
         for output in self.engine.step():
             assert isinstance(output.request_id, int)
             self._outputs[output.request_id].append(output)

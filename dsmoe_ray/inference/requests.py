@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dsmoe_ray.errors import RequestError
-from dsmoe_ray.inference.sampling_config import GREEDY, MAX_LOGPROBS, SamplingConfig, check_integer
+from dsmoe_ray.inference.sampling_config import GREEDY, MAX_LOGPROBS, SamplingConfig, check_integer, show_number
 from dsmoe_ray.inference.seeds import derive_seed
 from dsmoe_ray.model.config import (
     AttentionConfig,
@@ -69,7 +69,9 @@ class GenerationRequest:
             name: _to_ids(name, getattr(self, name)) for name in ("prompt_ids", "stop_token_ids", "generated_ids")
         }
         values["stop"] = _check_stop(self.stop)
-        values["routing"] = None if self.routing is None else tuple(self.routing)
+        values["routing"] = None if self.routing is None else _to_rules(self.routing)
+        if not isinstance(self.sampling, SamplingConfig):
+            raise RequestError(f"sampling must be a SamplingConfig; found {self.sampling!r}", param="sampling")
         if self.sampling.seed is None:
             # Drawn once and kept, so that the request can be continued elsewhere.
             values["sampling"] = dataclasses.replace(self.sampling, seed=secrets.randbits(63))
@@ -132,8 +134,23 @@ def _to_ids(name: str, ids: Iterable[Any]) -> tuple[int, ...]:
         raise RequestError(f"{name} must be a list of token ids: {error}", param=name) from error
 
 
+def _is_list_of(kind: type, values: Any) -> bool:
+    # A string is a sequence of strings, but none of strings that end a text.
+    return isinstance(values, Sequence) and not isinstance(values, str) and all(isinstance(one, kind) for one in values)
+
+
+def _to_rules(routing: Sequence[LayerRouting]) -> tuple[LayerRouting, ...]:
+    # Rules of one layer are a tuple too.
+    if isinstance(routing, LayerRouting) or not _is_list_of(LayerRouting, routing):
+        raise RequestError(f"routing must be a list of LayerRouting, one a layer; found {routing!r}", param="routing")
+    for layer, rules in enumerate(routing):
+        if not _is_list_of(RoutingConfig, rules):
+            raise RequestError(f"routing of layer {layer} must hold routing rules; found {rules!r}", param="routing")
+    return tuple(routing)
+
+
 def _check_stop(stop: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+    if not _is_list_of(str, stop):
         raise RequestError(f"stop must be a list of strings; found {stop!r}", param="stop")
     if len(stop) > MAX_STOP_STRINGS:
         raise RequestError(f"stop has {len(stop)} strings; at most {MAX_STOP_STRINGS} are allowed", param="stop")
@@ -156,7 +173,8 @@ def _check_vocabulary(request: GenerationRequest, vocab_size: int) -> None:
         if ids and not (0 <= min(ids) and max(ids) < vocab_size):
             foreign = next(token_id for token_id in ids if not 0 <= token_id < vocab_size)
             raise RequestError(
-                f"{name} has the token id {foreign}; this model's ids are 0 to {vocab_size - 1}.", param=param
+                f"{name} has the token id {show_number(foreign)}; this model's ids are 0 to {vocab_size - 1}.",
+                param=param,
             )
     for param, wanted in (("logprobs", request.sampling.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
         if wanted is not None and wanted > vocab_size:

@@ -52,17 +52,25 @@ class RunningSequence:
         """Return how its next token is chosen."""
         return RowSampling(self._request.sampling, self._seed, len(self.state.token_ids), self._counts)
 
-    def score_prompt(self, logits_RV: torch.Tensor, first_position: int) -> None:
-        """Take the logits after the prompt's tokens from ``first_position`` on, as far as a next one is known."""
+    def score_prompt(self, logits_RV: torch.Tensor, first_position: int) -> list[SampledToken]:
+        """Score the prompt by the logits after its tokens from ``first_position`` on, as far as a next one is known.
+
+        Raises:
+            DsmoeError: logits are not finite.
+        """
         targets = self._request.prompt_ids[first_position + 1 : first_position + 1 + len(logits_RV)]
-        if targets:
-            assert self._request.prompt_logprobs is not None and self._prompt_logprobs is not None
-            self._prompt_logprobs += compute_logprobs(
-                logits_RV[: len(targets)],
-                targets,
-                num_top=self._request.prompt_logprobs,
-                first_position=first_position + 1,
-            )
+        if not targets:
+            return []
+        assert self._request.prompt_logprobs is not None
+        return compute_logprobs(
+            logits_RV[: len(targets)], targets, num_top=self._request.prompt_logprobs, first_position=first_position + 1
+        )
+
+    def take_scores(self, scores: Sequence[SampledToken]) -> None:
+        """Take the next part of the prompt's scores; they come with the first output."""
+        if scores:
+            assert self._prompt_logprobs is not None
+            self._prompt_logprobs += scores
 
     def take(self, sampled: SampledToken | DsmoeError) -> SequenceOutput:
         """Take the next token, or why there is none; the output says whether the sequence has ended."""

@@ -64,7 +64,8 @@ def sample_batch(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> list[S
         rows: One per row of logits.
 
     Returns:
-        Per row its token, or an error, not raised, when the row's logits are not finite, so that the model is broken.
+        Per row its token, or an error, not raised, when the row's logits are not finite, so that the model is broken,
+        or are not after what was asked of them.
     """
     logits = logits_RV.numpy()
     best_R = logits.argmax(axis=1)
@@ -106,10 +107,16 @@ def _not_finite(position: int) -> DsmoeError:
     return DsmoeError(f"the model's logits at position {position} are not finite; its weights cannot be used")
 
 
-def _sample_row(logits_V: FloatArray, row: RowSampling, *, best: int) -> SampledToken:
+def _sample_row(logits_V: FloatArray, row: RowSampling, *, best: int) -> SampledToken | DsmoeError:
     sampling, changed_V = row.sampling, logits_V
     if sampling.changes_logits:
         changed_V = _change_logits(logits_V, row)
+        # Nothing can be drawn in proportion to what is infinite or no number.
+        if not math.isfinite(changed_V.max()):
+            return DsmoeError(
+                f"the logits at position {row.position} are not finite after logit_bias and penalties. Set them nearer "
+                "to none."
+            )
     if sampling.temperature > 0:
         token_id = _draw_token(changed_V, sampling, draw_uniform(row.seed, row.position))
     else:

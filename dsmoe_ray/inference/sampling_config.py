@@ -5,6 +5,7 @@ What the fields mean together, and in which order they act, is told at the top o
 
 import math
 import numbers
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,11 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0
 """Largest absolute value of the presence and the frequency penalty."""
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
+"""What 64 bits hold, with a sign or without."""
+
+_MOST_SHOWN_BITS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +59,12 @@ class SamplingConfig:
         check_integer("top_k", self.top_k, low=1, optional=True)
         _check_real("top_p", self.top_p, low=0.0, high=1.0, above=True)
         _check_real("min_p", self.min_p, low=0.0, high=1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, low=0.0, above=True)
+        _check_real(
+            "repetition_penalty", self.repetition_penalty, low=MIN_REPETITION_PENALTY, high=MAX_REPETITION_PENALTY
+        )
         _check_real("presence_penalty", self.presence_penalty, low=-MAX_PENALTY, high=MAX_PENALTY)
         _check_real("frequency_penalty", self.frequency_penalty, low=-MAX_PENALTY, high=MAX_PENALTY)
-        check_integer("seed", self.seed, optional=True)
+        check_integer("seed", self.seed, low=MIN_SEED, high=MAX_SEED, optional=True)
         check_integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS, optional=True)
         # A copy, which nobody else can change.
         object.__setattr__(self, "logit_bias", _check_logit_bias(self.logit_bias))
@@ -87,7 +95,15 @@ def check_integer(
         raise RequestError(f"{name} must be an integer; found {value!r}", param=name)
     if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"{low} to {high}"
-        raise RequestError(f"{name} must be {bounds}; found {value}", param=name)
+        raise RequestError(f"{name} must be {bounds}; found {show_number(value)}", param=name)
+
+
+def show_number(value: Any) -> str:
+    """Return a number as a message tells it."""
+    if isinstance(value, numbers.Integral) and int(value).bit_length() > _MOST_SHOWN_BITS:
+        # Python refuses to write some out.
+        return f"a number of {int(value).bit_length()} bits"
+    return str(value)
 
 
 def _is_number(value: Any, kind: type) -> bool:
@@ -98,10 +114,11 @@ def _is_number(value: Any, kind: type) -> bool:
 def _check_real(name: str, value: Any, *, low: float, high: float = math.inf, above: bool = False) -> None:
     if not _is_number(value, numbers.Real):
         raise RequestError(f"{name} must be a number; found {value!r}", param=name)
-    if not (math.isfinite(value) and low <= value <= high and not (above and value == low)):
+    # Bounds first, as no float is large enough for some integers.
+    if not (low <= value <= min(high, sys.float_info.max)) or (above and value == low):
         start = f"above {low:g}" if above else f"at least {low:g}"
         bounds = f"finite and {start}" if high == math.inf else f"{start} and at most {high:g}"
-        raise RequestError(f"{name} must be {bounds}; found {value}", param=name)
+        raise RequestError(f"{name} must be {bounds}; found {show_number(value)}", param=name)
 
 
 def _check_logit_bias(logit_bias: Any) -> dict[int, float]:
@@ -117,7 +134,7 @@ def _check_logit_bias(logit_bias: Any) -> dict[int, float]:
         if not _is_number(bias, numbers.Real) or not abs(bias) <= MAX_LOGIT_BIAS:
             raise RequestError(
                 f"logit_bias of token {token_id} must be a number from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}; "
-                f"found {bias!r}",
+                f"found {show_number(bias)}",
                 param="logit_bias",
             )
     return {int(token_id): float(bias) for token_id, bias in logit_bias.items()}

@@ -28,8 +28,8 @@ from dsmoe_ray.inference.sequence import Chunk, ScheduledStep, SequenceState, Se
 class Scheduler:
     """Waiting and running sequences and the blocks they hold.
 
-    A step goes ``schedule``, the runner, ``complete`` (or ``abort`` if it raised), then ``append_token`` or ``finish``
-    for every sequence that samples.
+    A step goes ``schedule``, the runner and sampling, ``complete`` (or ``abort`` if they raised), then ``append_token``
+    or ``finish`` for every sequence that samples.
     """
 
     def __init__(self, config: EngineConfig, *, num_blocks: int) -> None:
@@ -74,22 +74,26 @@ class Scheduler:
         """
         for sequence in sequences:
             self._check_fits(sequence)
-        allowed = self._config.max_waiting
-        if len(sequences) > allowed:
-            raise RequestError(
-                f"a request for {len(sequences)} samples was found; at most {allowed} can wait. Lower n, or raise "
-                "max_waiting of the engine.",
-                param="n",
-            )
-        if len(self._waiting) + len(sequences) > allowed:
-            raise EngineFullError(
-                f"the engine is full: {len(self._waiting)} sequences wait, {len(sequences)} came and {allowed} are "
-                "allowed. Try again later, or raise max_waiting of the engine."
-            )
+        self.check_queue(len(sequences))
         for sequence in sequences:
             assert sequence.sequence_id not in self._sequences, f"{sequence.sequence_id} is already here"
             self._sequences[sequence.sequence_id] = sequence
             self._waiting.append(sequence)
+
+    def check_queue(self, num_sequences: int) -> None:
+        """Raise as ``add`` does unless the queue has room for a request of so many sequences."""
+        allowed = self._config.max_waiting
+        if num_sequences > allowed:
+            raise RequestError(
+                f"a request for {num_sequences} samples was found; at most {allowed} can wait. Lower n, or raise "
+                "max_waiting of the engine.",
+                param="n",
+            )
+        if len(self._waiting) + num_sequences > allowed:
+            raise EngineFullError(
+                f"the engine is full: {len(self._waiting)} sequences wait, {num_sequences} came and {allowed} are "
+                "allowed. Try again later, or raise max_waiting of the engine."
+            )
 
     def cancel(self, sequence_id: Hashable) -> bool:
         """Make a sequence leave; return False if it is not here (any more).

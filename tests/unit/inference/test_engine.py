@@ -13,6 +13,8 @@ from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.inference.sampling import SampledToken
 from dsmoe_ray.inference.sampling_config import SamplingConfig
+from dsmoe_ray.inference.sequence import ScheduledStep
+from dsmoe_ray.inference.text_stream import TextStream
 from tests.fakes.scripted_runner import ScriptedRunner, say
 from tests.fakes.tiny_artifact import make_config, make_tokenizer
 
@@ -319,6 +321,66 @@ def test_a_runner_that_raises_loses_nothing_and_is_asked_again():
     found, status = outputs_with(0, 1, 2, 5)
     assert found == expected and {len(tokens_of(one)) for one in found.values()} == {8}
     assert status == undisturbed
+
+
+def test_a_step_whose_sampling_raises_counts_for_nothing_and_is_tried_again(monkeypatch):
+    def outputs_with(*failures):
+        engine, _ = make_engine(two_likely)
+        engine.add("echo", request(range(5, 25), max_tokens=3, prompt_logprobs=0))
+        engine.add("plain", request(max_tokens=3))
+        outputs = []
+        for step in range(8):
+            if step in failures:
+                with monkeypatch.context() as patch:
+                    patch.setattr("dsmoe_ray.inference.engine.sample_batch", raise_memory_error)
+                    with pytest.raises(MemoryError):
+                        engine.step()
+            outputs += engine.step()
+        assert_idle(engine)
+        return outputs, engine.status
+
+    def raise_memory_error(*_):
+        raise MemoryError("no memory to sample")
+
+    expected = outputs_with()
+    assert len(expected[0]) == 6 and outputs_with(1, 2, 3) == expected
+
+
+def test_a_sequence_whose_token_cannot_be_told_fails_alone(monkeypatch, caplog):
+    push = TextStream.push
+
+    def fail_at_66(self, token_id):
+        if token_id == 66:
+            raise KeyError("no text for 66")
+        return push(self, token_id)
+
+    monkeypatch.setattr(TextStream, "push", fail_at_66)
+    engine, _ = make_engine(say(VOCAB, {(5, 6): [20, 66, 21], PROMPT: [30, 31, 32]}))
+    engine.add("bad", request((5, 6), max_tokens=3))
+    engine.add("good", request(max_tokens=3))
+    outputs = drain(engine)
+    assert tokens_of(outputs["good", 0]) == [30, 31, 32] and tokens_of(outputs["bad", 0]) == [20]
+    assert end_of(outputs["bad", 0]) == ("error", None)
+    assert str(outputs["bad", 0][-1].error) == "the output cannot be told, KeyError: 'no text for 66'"
+    assert "request 'bad', sequence 0" in caplog.text
+    assert_idle(engine)
+
+
+def test_an_engine_that_has_work_and_schedules_none_of_it_says_so(monkeypatch):
+    engine, _ = make_engine()
+    engine.add("a", request())
+    monkeypatch.setattr(engine._scheduler, "schedule", ScheduledStep)
+    with pytest.raises(AssertionError, match="1 sequences are here and none can be scheduled"):
+        engine.step()
+
+
+def test_a_request_that_the_queue_has_no_room_for_costs_nothing(monkeypatch):
+    engine, _ = make_engine(max_waiting=3)
+    engine.add("first", request())
+    monkeypatch.setattr(engine, "_make_sequence", None)
+    with pytest.raises(EngineFullError):
+        engine.add("second", request(n=3))
+    assert engine.has_request("first") and not engine.has_request("second")
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3], ids=["waiting", "in the prompt", "decoding"])

@@ -115,6 +115,34 @@ def test_a_text_that_is_not_read_to_its_end_frees_its_place():
     assert "".join(generator.generate("return", max_tokens=20)) == " left"
 
 
+def test_a_text_that_is_never_read_leaves_once_nobody_can_read_it():
+    generator, runner = generator_that_says({"def": " add", "return": " left"}, max_waiting=1)
+    generation = generator.generate("def", max_tokens=20)
+    del generation
+    # With the first one there, there would be no room.
+    assert "".join(generator.generate("return", max_tokens=20)) == " left"
+    assert all(len(batch) == 1 for batch in runner.batches)
+    assert_nothing_is_left(generator)
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 2])
+@pytest.mark.parametrize("of", ["generator", "engine"])
+def test_a_reader_whose_request_is_cancelled_comes_to_an_end(num_read, of):
+    generator, _ = generator_that_says({"def": " add(left, right)"})
+    other = generator.submit(make_request("return"))
+    request_id = generator.submit(make_request("def", n=2))
+    outputs = generator.read(request_id, num_sequences=2)
+    for _ in range(num_read):
+        assert next(outputs).request_id == request_id
+    (generator if of == "generator" else generator.engine).cancel(request_id)
+    rest = list(outputs)
+    # What was computed and not read: the second sequence's token.
+    assert len(rest) == (of == "engine" and num_read == 1)
+    assert list(generator.read(request_id)) == []
+    assert len(list(generator.read(other))) == 4
+    assert_nothing_is_left(generator)
+
+
 def test_stop_strings_end_the_text():
     generator, _ = generator_that_says({"def": " add(left, right)"})
     generation = generator.generate("def", max_tokens=20, stop=[", ri"])

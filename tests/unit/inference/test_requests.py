@@ -48,6 +48,15 @@ def top_k(k):
         ({"prompt_logprobs": 21}, "prompt_logprobs", "prompt_logprobs must be 0 to 20"),
         ({"stop": "end"}, "stop", "stop must be a list of strings"),
         ({"stop": [3]}, "stop", "stop must be a list of strings"),
+        ({"stop": None}, "stop", "stop must be a list of strings; found None"),
+        ({"stop": 3}, "stop", "stop must be a list of strings; found 3"),
+        ({"sampling": None}, "sampling", "sampling must be a SamplingConfig; found None"),
+        ({"sampling": {"seed": 3}}, "sampling", "sampling must be a SamplingConfig"),
+        ({"routing": [1]}, "routing", "routing must be a list of LayerRouting, one a layer; found"),
+        ({"routing": 1}, "routing", "routing must be a list of LayerRouting, one a layer; found 1"),
+        ({"routing": "dense"}, "routing", "routing must be a list of LayerRouting, one a layer; found 'dense'"),
+        ({"routing": top_k(2)}, "routing", "routing must be a list of LayerRouting, one a layer"),
+        ({"routing": [LayerRouting(ffn="dense")]}, "routing", "routing of layer 0 must hold routing rules"),
         ({"stop": [""]}, "stop", "1 to 1000 characters; found 0"),
         ({"stop": ["x" * 1001]}, "stop", "1 to 1000 characters; found 1001"),
         ({"stop": ["x"] * 33}, "stop", "stop has 33 strings; at most 32"),
@@ -92,6 +101,12 @@ def test_what_this_model_cannot_serve_is_refused_by_it(fields, param, message):
     with pytest.raises(RequestError, match=message) as raised:
         request.check_against(make_config())
     assert raised.value.param == param
+
+
+def test_a_token_id_too_long_to_be_written_out_is_refused_like_any_other():
+    with pytest.raises(RequestError, match="the prompt has the token id a number of 16610 bits") as raised:
+        make_request(prompt_ids=[10**5000]).check_against(make_config())
+    assert raised.value.param == "prompt_ids"
 
 
 def test_more_alternatives_than_there_are_tokens_are_refused():

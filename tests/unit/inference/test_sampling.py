@@ -32,6 +32,31 @@ def draw_many(sampling, logits_V=LOGITS, *, vary="seed"):
     return np.bincount([token.token_id for token in sampled], minlength=len(logits_V))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("changed", [math.inf, -math.inf, math.nan], ids=str)
+def test_a_row_that_is_not_finite_after_its_penalties_is_an_error_of_that_row_only(changed, temperature):
+    class Overflowing(TokenCounts):
+        def penalize(self, logits_V, sampling):
+            logits_V[:] = changed
+
+    sampling = SamplingConfig(temperature=temperature, presence_penalty=1.0)
+    rows = [RowSampling(sampling, 0, 7, counts([1])) for counts in (TokenCounts, Overflowing, TokenCounts)]
+    first, broken, last = sample_batch(LOGITS.expand(3, -1).contiguous(), rows)
+    assert isinstance(broken, DsmoeError)
+    assert "the logits at position 7 are not finite after logit_bias and penalties" in str(broken)
+    assert isinstance(first, SampledToken) and first == last
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+@pytest.mark.parametrize("temperature", [0.0, 1e-310, 1.0])
+def test_the_largest_penalties_and_logits_leave_something_to_choose(penalty, temperature):
+    largest = torch.finfo(torch.float32).max
+    for logits in ([largest, -largest, 0.0], [-largest] * 3, [-math.inf, -largest, -math.inf]):
+        sampling = SamplingConfig(temperature=temperature, repetition_penalty=penalty, logit_bias={0: 100})
+        sampled = sample(logits, sampling, token_counts=TokenCounts([0, 1, 2]))
+        assert logits[sampled.token_id] > -math.inf
+
+
 def define_probs(logits_V, sampling):
     """Compute in float64, step by step and in order, the distribution that is to be drawn from."""
     logits = np.asarray(logits_V, dtype=np.float64) / sampling.temperature

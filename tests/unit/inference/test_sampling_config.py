@@ -25,10 +25,14 @@ from dsmoe_ray.inference.sampling_config import GREEDY, MAX_LOGIT_BIASES, Sampli
         ({"top_p": 1.1}, "top_p"),
         ({"top_p": math.nan}, "top_p"),
         ({"min_p": -0.1}, "min_p must be at least 0 and at most 1; found -0.1"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be finite and above 0; found 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be at least 0.01 and at most 100; found 0"),
+        ({"repetition_penalty": 1e-310}, "repetition_penalty must be at least 0.01 and at most 100; found 1e-310"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty must be at least 0.01 and at most 100; found 1e\\+300"),
         ({"presence_penalty": 2.5}, "presence_penalty must be at least -2 and at most 2; found 2.5"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"seed": 1.5}, "seed must be an integer; found 1.5"),
+        ({"seed": 2**64}, "seed must be -9223372036854775808 to 18446744073709551615; found 18446744073709551616"),
+        ({"seed": -(2**63) - 1}, "seed must be -9223372036854775808"),
         ({"logprobs": 21}, "logprobs must be 0 to 20; found 21"),
         ({"logprobs": -1}, "logprobs"),
         ({"logit_bias": [3]}, "logit_bias must map token ids to numbers"),
@@ -44,6 +48,23 @@ def test_impossible_settings_are_a_users_mistake_that_names_the_field(settings, 
     with pytest.raises(UserError, match=message) as raised:
         SamplingConfig(**settings)
     assert isinstance(raised.value, RequestError) and raised.value.param == next(iter(settings))
+
+
+@pytest.mark.parametrize("field", ["seed", "temperature", "presence_penalty", "logprobs", "logit_bias"])
+def test_a_number_too_long_to_be_written_out_is_refused_like_any_other(field):
+    # In the parameters it would be in the test's name.
+    number = -(10**5000)
+    with pytest.raises(RequestError, match="found a number of 16610 bits") as raised:
+        SamplingConfig(**{field: {3: number} if field == "logit_bias" else number})
+    assert raised.value.param == field
+    with pytest.raises(RequestError, match="temperature must be finite"):
+        SamplingConfig(temperature=10**400)
+
+
+def test_bounds_are_allowed():
+    for seed, penalty in ((-(2**63), 0.01), (2**64 - 1, 100)):
+        sampling = SamplingConfig(seed=seed, repetition_penalty=penalty)
+        assert (sampling.seed, sampling.repetition_penalty) == (seed, penalty)
 
 
 def test_a_request_error_keeps_its_field_across_processes():
