@@ -178,7 +178,12 @@ def check_compiler() -> Finding:
     """Look for the C++ compiler that ``train.compile`` and the engine's CPU kernels need."""
     path = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if path is None:
-        return Finding("compiler", "warning", "none", "train.compile: true needs one, and the engine runs several times faster with it; e.g. apt install g++.")
+        return Finding(
+            "compiler",
+            "warning",
+            "none",
+            "the engine runs several times faster with one, and train.compile needs it; apt install g++.",
+        )
     return Finding("compiler", "ok", path)
 
 
