@@ -12,6 +12,9 @@ from dsmoe_ray.inference.routing import resolve_routing
 from tests.fakes.paged_sequences import PagedSequences
 from tests.fakes.runner_kinds import EXACT_RUNNERS, FAST_RUNNERS, RUNNERS, make_model, make_runner, widen
 
+# Some ten seconds and more as a whole.
+pytestmark = pytest.mark.slow
+
 CLOSE = {"rtol": 1e-5, "atol": 6e-5}
 LENGTHS = [35, 7, 39, 1]
 SCHEDULES = {

@@ -24,6 +24,9 @@ from tests.fakes.crowd import (
     without_names,
 )
 
+# Some ten seconds and more as a whole.
+pytestmark = pytest.mark.slow
+
 KINDS = ["torch exact", "cpu native"]
 BEGINNINGS = [[(7 * idx + 3 * start) % 270 for idx in range(50)] for start in range(2)]
 ROUTINGS = ["deployed", "dense", "top_k=2", "attention:top_k=2/ffn:threshold=0.9", "threshold_top_k=1.0"]

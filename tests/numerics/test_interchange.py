@@ -27,6 +27,9 @@ from tests.fakes.other_transformers import VERSIONS, read_outcome, run_jobs
 from tests.fakes.stock_models import EXPORTS, IMPORTS, VOCAB_SIZE, draw_weights, make_tokenizer
 from tests.fakes.transformers_side import NUM_GENERATED, PROMPT_LENGTH
 
+# Some ten seconds and more as a whole.
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}
 TOKENS = torch.randint(VOCAB_SIZE, (2, 40), generator=torch.Generator().manual_seed(3))
 TEXT = "def add(left):  # na\xefve, \u6f22\u5b57 , .\n"
