@@ -48,6 +48,18 @@ class EngineFullError(DsmoeError):
     """The waiting queue is full; the same request may be taken later."""
 
 
+class ConnectionLostError(DsmoeError):
+    """The other end of a connection is gone or does not keep to the protocol."""
+
+
+class FrameError(DsmoeError):
+    """Bytes that are no frame, or a frame beyond the limits; says which limit."""
+
+
+class ExpertUnavailableError(DsmoeError):
+    """No replica of an expert answered in time."""
+
+
 class ExchangeError(DsmoeError):
     """A collective failed because a peer is dead, hung or unreachable."""
 

@@ -21,7 +21,7 @@ from dsmoe_ray.inference.generation import Generator
 from dsmoe_ray.inference.outputs import SequenceOutput
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.sampling_config import SamplingConfig
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 DEFAULT_MAX_TOKENS = 256
 """Of a generated text whose task does not say."""

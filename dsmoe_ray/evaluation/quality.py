@@ -17,8 +17,9 @@ from dsmoe_ray.data.token_shards import SampleOrder, TokenShards
 from dsmoe_ray.errors import DataError, UserError
 from dsmoe_ray.model.accounting import KeptExperts, ParameterCounts, count_parameters
 from dsmoe_ray.model.config import ModelConfig
+from dsmoe_ray.model.layer_routing import LayerRouting
 from dsmoe_ray.model.router import Routing
-from dsmoe_ray.model.transformer import LayerRouting, Transformer
+from dsmoe_ray.model.transformer import Transformer
 
 BATCH_TOKENS = 4096
 _ORDER_SEED = 0

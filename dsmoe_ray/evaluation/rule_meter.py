@@ -15,7 +15,8 @@ from dsmoe_ray.data.token_shards import TokenShards
 from dsmoe_ray.evaluation.quality import Windows, measure_quality, read_batches
 from dsmoe_ray.inference.routing import deployed_rules
 from dsmoe_ray.model.config import MoeConfig, RoutingConfig
-from dsmoe_ray.model.transformer import LayerRouting, Transformer, expand_routing
+from dsmoe_ray.model.layer_routing import LayerRouting, expand_routing
+from dsmoe_ray.model.transformer import Transformer
 
 _MAX_SCORES = 1 << 20
 

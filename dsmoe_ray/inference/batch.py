@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsmoe_ray.inference.sequence import ScheduledStep
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

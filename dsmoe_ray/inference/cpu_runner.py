@@ -34,9 +34,10 @@ from dsmoe_ray.inference.cpu_library import (
 from dsmoe_ray.model.attention import GqaAttention
 from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig, RoutingConfig, RoutingMode
 from dsmoe_ray.model.dispatch import ExpertAssignment, ExpertBackend
+from dsmoe_ray.model.layer_routing import LayerRouting
 from dsmoe_ray.model.moe import DenseFfn
 from dsmoe_ray.model.router import Router
-from dsmoe_ray.model.transformer import LayerRouting, Transformer
+from dsmoe_ray.model.transformer import Transformer
 
 # In the order of ``RuleMode`` of the kernels.
 _MODES = (

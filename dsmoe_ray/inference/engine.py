@@ -20,10 +20,11 @@ from dsmoe_ray.inference.outputs import EngineStatus, SequenceOutput
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.runner import ModelRunner
 from dsmoe_ray.inference.running_sequence import RunningSequence
-from dsmoe_ray.inference.sampling import SampledToken, sample_batch
+from dsmoe_ray.inference.sampling import sample_batch
+from dsmoe_ray.inference.sampling_config import SampledToken
 from dsmoe_ray.inference.scheduler import Scheduler
 from dsmoe_ray.inference.sequence import Chunk, ScheduledStep, SequenceState, compute_rules_key
-from dsmoe_ray.model.transformer import LayerRouting, deployed_routing
+from dsmoe_ray.model.layer_routing import LayerRouting, deployed_routing
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.outputs import FinishReason, SequenceOutput
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.sampling_config import GREEDY, SamplingConfig
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 
 class Generator:

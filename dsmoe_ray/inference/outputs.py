@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsmoe_ray.errors import DsmoeError
-from dsmoe_ray.inference.sampling import SampledToken
+from dsmoe_ray.inference.sampling_config import SampledToken
 
 FinishReason = Literal["stop", "length", "error"]
 """``stop``: the end-of-text token, a stop token or a stop string. ``length``: ``max_tokens`` or the model's longest

@@ -23,7 +23,7 @@ from dsmoe_ray.model.config import (
     RoutingConfig,
     RoutingMode,
 )
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 MAX_SEQUENCES = 128
 """Most continuations of one prompt in one request."""

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.model.config import MoaConfig, ModelConfig, MoeConfig, RoutingConfig, RoutingMode
-from dsmoe_ray.model.router import DENSE
-from dsmoe_ray.model.transformer import LayerRouting, expand_routing
+from dsmoe_ray.model.layer_routing import DENSE, LayerRouting, expand_routing
 
 DEPLOYED = "deployed"
 RULES_HELP = "top_k=K, threshold=E, threshold_top_k=E, top_p=P or per_layer_top_k=K,K,... (one K a layer)"

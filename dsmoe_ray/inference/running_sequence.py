@@ -7,7 +7,8 @@ import torch
 from dsmoe_ray.errors import DsmoeError
 from dsmoe_ray.inference.outputs import FinishReason, SequenceOutput
 from dsmoe_ray.inference.requests import GenerationRequest
-from dsmoe_ray.inference.sampling import RowSampling, SampledToken, compute_logprobs
+from dsmoe_ray.inference.sampling import RowSampling, compute_logprobs
+from dsmoe_ray.inference.sampling_config import SampledToken
 from dsmoe_ray.inference.sequence import SequenceState
 from dsmoe_ray.inference.text_stream import TextStream
 from dsmoe_ray.inference.token_counts import TokenCounts

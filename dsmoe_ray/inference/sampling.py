@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from dsmoe_ray.errors import DsmoeError
-from dsmoe_ray.inference.sampling_config import SamplingConfig
+from dsmoe_ray.inference.sampling_config import SampledToken, SamplingConfig
 from dsmoe_ray.inference.seeds import draw_uniform
 from dsmoe_ray.inference.token_counts import TokenCounts
 
@@ -45,15 +45,6 @@ class RowSampling(NamedTuple):
     """Of the token to choose, counted from the start of the prompt."""
     token_counts: TokenCounts | None = None
     """Tokens so far; needed with penalties only."""
-
-
-class SampledToken(NamedTuple):
-    """A chosen token and, if asked for, log probabilities of the model's own distribution."""
-
-    token_id: int
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] = ()
-    """The most likely tokens, in order."""
 
 
 def sample_batch(logits_RV: torch.Tensor, rows: Sequence[RowSampling]) -> list[SampledToken | DsmoeError]:

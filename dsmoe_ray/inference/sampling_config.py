@@ -1,4 +1,4 @@
-"""How one sequence chooses its tokens: what a person may ask for. Pure data: imports no torch.
+"""How one sequence chooses its tokens, what a person may ask for, and what a choice tells. Pure data: imports no torch.
 
 What the fields mean together, and in which order they act, is told at the top of ``inference/sampling.py``.
 """
@@ -8,7 +8,7 @@ import numbers
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsmoe_ray.errors import RequestError
 
@@ -142,3 +142,12 @@ def _check_logit_bias(logit_bias: Any) -> dict[int, float]:
 
 GREEDY = SamplingConfig()
 """The most likely token, always."""
+
+
+class SampledToken(NamedTuple):
+    """A chosen token and, if asked for, log probabilities of the model's own distribution."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens, in order."""

@@ -7,7 +7,7 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 from dsmoe_ray.inference.block_pool import compute_block_key, compute_root_key
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 
 class SequenceStatus(Enum):

@@ -23,7 +23,7 @@ from dsmoe_ray.inference.paged_attention import (
 )
 from dsmoe_ray.inference.row_math import ExactMath, RowMath
 from dsmoe_ray.model.config import MoaConfig, ModelConfig, MoeConfig
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 RuleShapes = tuple[tuple[RulesShape | None, ...], ...]
 """Of each layer's attention and FFN; steps with equal shapes run the same operations."""

@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from dsmoe_ray.model.attention import AttentionContext, attend, compute_kv
 from dsmoe_ray.model.config import MoaConfig, RoutingConfig
+from dsmoe_ray.model.layer_routing import DENSE
 from dsmoe_ray.model.rope import Rotate
-from dsmoe_ray.model.router import DENSE, Router, Routing
+from dsmoe_ray.model.router import Router, Routing
 
 
 class MixtureOfAttention(nn.Module):

@@ -10,7 +10,8 @@ from torch.nn import functional
 from dsmoe_ray.model.config import DenseFfnConfig, MoeConfig, RoutingConfig
 from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
 from dsmoe_ray.model.experts import Experts
-from dsmoe_ray.model.router import DENSE, Router, Routing
+from dsmoe_ray.model.layer_routing import DENSE
+from dsmoe_ray.model.router import Router, Routing
 
 
 class MixtureOfExperts(nn.Module):

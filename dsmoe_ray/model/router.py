@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from dsmoe_ray.model.config import RouterConfig, RoutingConfig, RoutingMode
-
-DENSE = RoutingConfig()
+from dsmoe_ray.model.layer_routing import DENSE
 
 
 class Routing(NamedTuple):

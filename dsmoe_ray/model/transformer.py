@@ -13,21 +13,15 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from dsmoe_ray.model.attention import AttentionContext, GqaAttention, build_document_mask
-from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig, RoutingConfig
+from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig
 from dsmoe_ray.model.dispatch import LOCAL_EXCHANGE, TokenExchange
+from dsmoe_ray.model.layer_routing import LayerRouting
 from dsmoe_ray.model.losses import linear_cross_entropy
 from dsmoe_ray.model.moa import MixtureOfAttention
 from dsmoe_ray.model.moe import DenseFfn, MixtureOfExperts
 from dsmoe_ray.model.norm import RmsNorm
 from dsmoe_ray.model.rope import compute_rotations
-from dsmoe_ray.model.router import DENSE, Routing
-
-
-class LayerRouting(NamedTuple):
-    """The routing rules of one layer; none of them is a table of all layers."""
-
-    attention: RoutingConfig = DENSE
-    ffn: RoutingConfig = DENSE
+from dsmoe_ray.model.router import Routing
 
 
 class ModelOutput(NamedTuple):
@@ -39,18 +33,6 @@ class ModelOutput(NamedTuple):
     """Summed next-token loss in nats; None without targets."""
     attention_routings: list[Routing]
     ffn_routings: list[Routing]
-
-
-def deployed_routing(config: ModelConfig) -> list[LayerRouting]:
-    """Return the routing the model runs with at inference, per layer."""
-    attention = DENSE if isinstance(config.attention, GqaConfig) else config.attention.router.inference
-    ffn = config.ffn.router.inference if isinstance(config.ffn, MoeConfig) else DENSE
-    return expand_routing(attention, ffn, num_layers=config.num_layers)
-
-
-def expand_routing(attention: RoutingConfig, ffn: RoutingConfig, *, num_layers: int) -> list[LayerRouting]:
-    """Return the rules of each layer from those of all layers."""
-    return [LayerRouting(attention.at_layer(layer), ffn.at_layer(layer)) for layer in range(num_layers)]
 
 
 class Block(nn.Module):

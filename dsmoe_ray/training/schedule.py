@@ -4,8 +4,7 @@ import hashlib
 import math
 
 from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig, RoutingConfig, RoutingMode
-from dsmoe_ray.model.router import DENSE
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import DENSE, LayerRouting
 from dsmoe_ray.training.config import TrainConfig, TrainRoutingConfig
 
 

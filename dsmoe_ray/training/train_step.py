@@ -16,8 +16,9 @@ from dsmoe_ray.errors import CheckpointError, ConfigError, TrainingError
 from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.dispatch import TokenExchange
 from dsmoe_ray.model.init import draw_initial
+from dsmoe_ray.model.layer_routing import LayerRouting, deployed_routing
 from dsmoe_ray.model.rope import compute_rotations
-from dsmoe_ray.model.transformer import LayerRouting, Transformer, deployed_routing
+from dsmoe_ray.model.transformer import Transformer
 from dsmoe_ray.parallel.collectives import all_reduce_sum_
 from dsmoe_ray.parallel.exchange import build_exchange
 from dsmoe_ray.parallel.fsdp import InitialValue, shard_model

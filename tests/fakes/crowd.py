@@ -11,7 +11,7 @@ from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.model.config import RoutingConfig, RoutingMode
-from dsmoe_ray.model.transformer import deployed_routing
+from dsmoe_ray.model.layer_routing import deployed_routing
 from tests.fakes.runner_kinds import make_model, make_runner
 
 BLOCK_SIZE = 16

@@ -18,7 +18,7 @@ from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.evaluation.lm_eval_adapter import EngineModel
 from dsmoe_ray.inference.generation import Generator
 from dsmoe_ray.inference.loading import load_engine, load_model
-from dsmoe_ray.model.transformer import deployed_routing
+from dsmoe_ray.model.layer_routing import deployed_routing
 
 TASKS = Path(__file__).with_name("lm_eval_tasks")
 TASK_NAMES = ("dsmoe_choice", "dsmoe_completion", "dsmoe_perplexity")

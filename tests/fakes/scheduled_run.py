@@ -7,7 +7,7 @@ from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.scheduler import Scheduler
 from dsmoe_ray.inference.sequence import SequenceState, SequenceStatus
 from dsmoe_ray.model.config import RoutingConfig
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 from tests.fakes.fake_kv_runner import FakeKvRunner
 
 DENSE = (LayerRouting(), LayerRouting())

@@ -22,7 +22,7 @@ from dsmoe_ray.inference.generation import Generator
 from dsmoe_ray.inference.loading import load_engine, load_model
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.model.config import ModelConfig, RoutingConfig
-from dsmoe_ray.model.transformer import LayerRouting, deployed_routing
+from dsmoe_ray.model.layer_routing import LayerRouting, deployed_routing
 from tests.fakes.other_transformers import VERSIONS, read_outcome, run_jobs
 from tests.fakes.stock_models import EXPORTS, IMPORTS, VOCAB_SIZE, draw_weights, make_tokenizer
 from tests.fakes.transformers_side import NUM_GENERATED, PROMPT_LENGTH

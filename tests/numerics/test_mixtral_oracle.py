@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dsmoe_ray.model.config import ModelConfig, RoutingConfig
-from dsmoe_ray.model.transformer import LayerRouting, Transformer
+from dsmoe_ray.model.layer_routing import LayerRouting
+from dsmoe_ray.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,7 +8,7 @@ from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.cli.main import main
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.model.config import RoutingConfig
-from dsmoe_ray.model.transformer import deployed_routing
+from dsmoe_ray.model.layer_routing import deployed_routing
 from tests.fakes.tiny_artifact import NUM_EXPERTS, TEXT, TOP_K, write_tiny_artifact
 
 BUDGET = "0.5"

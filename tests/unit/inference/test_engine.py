@@ -11,8 +11,7 @@ from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.routing import resolve_routing
-from dsmoe_ray.inference.sampling import SampledToken
-from dsmoe_ray.inference.sampling_config import SamplingConfig
+from dsmoe_ray.inference.sampling_config import SampledToken, SamplingConfig
 from dsmoe_ray.inference.sequence import ScheduledStep
 from dsmoe_ray.inference.text_stream import TextStream
 from tests.fakes.scripted_runner import ScriptedRunner, say

@@ -11,7 +11,7 @@ from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.inference.sampling_config import SamplingConfig
 from dsmoe_ray.model.config import ModelConfig, RoutingConfig
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 
 def make_config(**changes):

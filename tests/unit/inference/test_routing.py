@@ -5,7 +5,7 @@ import pytest
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.routing import name_routing, resolve_routing
 from dsmoe_ray.model.config import ModelConfig, RoutingConfig
-from dsmoe_ray.model.transformer import LayerRouting, deployed_routing
+from dsmoe_ray.model.layer_routing import LayerRouting, deployed_routing
 
 TOP_1 = RoutingConfig(mode="top_k", top_k=1)
 TOP_3 = RoutingConfig(mode="top_k", top_k=3)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from dsmoe_ray.errors import DsmoeError
 from dsmoe_ray.inference.requests import GenerationRequest
-from dsmoe_ray.inference.sampling import RowSampling, SampledToken, compute_logprobs, sample_batch
-from dsmoe_ray.inference.sampling_config import GREEDY, SamplingConfig
+from dsmoe_ray.inference.sampling import RowSampling, compute_logprobs, sample_batch
+from dsmoe_ray.inference.sampling_config import GREEDY, SampledToken, SamplingConfig
 from dsmoe_ray.inference.token_counts import TokenCounts
 
 PROBS = [0.05, 0.4, 0.1, 0.3, 0.15]

@@ -4,7 +4,7 @@ import pytest
 
 from dsmoe_ray.inference.sequence import Chunk, SequenceState, compute_rules_key
 from dsmoe_ray.model.config import RoutingConfig
-from dsmoe_ray.model.transformer import LayerRouting
+from dsmoe_ray.model.layer_routing import LayerRouting
 
 DENSE = RoutingConfig()
 TOP_2 = RoutingConfig.parse("top_k=2")

@@ -6,8 +6,9 @@ from torch.nn import functional
 
 from dsmoe_ray.model.config import ModelConfig, RoutingConfig
 from dsmoe_ray.model.init import initialize
+from dsmoe_ray.model.layer_routing import LayerRouting, deployed_routing
 from dsmoe_ray.model.losses import IGNORED_TARGET
-from dsmoe_ray.model.transformer import LayerRouting, Transformer, deployed_routing
+from dsmoe_ray.model.transformer import Transformer
 
 VOCAB, MAX_SEQ_LEN = 40, 24
 ATTENTIONS = {
