@@ -49,6 +49,8 @@ class ExpertCall:
     """int32, ascending per token, then -1."""
     gates_TK: np.ndarray
     """float32; 0 where the id is -1."""
+    on_demand: bool = False
+    """Load what is not held, whatever the plan says: nobody is left who holds it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
