@@ -86,7 +86,10 @@ class GenerateMessage:
     """Gateway to router: continue a prompt."""
 
     request_id: str
+    """Chosen by the gateway, never used again on its connection."""
     request: GenerationRequest
+    deadline_ms: int | None = None
+    """How long its answer is worth anything, from now on; None as long as it takes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,13 +106,17 @@ class OutputsMessage:
     outputs: tuple[SequenceOutput, ...]
 
 
+RejectReason = Literal["invalid", "full", "leaving", "failed", "expired"]
+"""``full`` and ``leaving``: another router may take it. ``failed``: its steps did, again and again. ``expired``: it
+took longer than its deadline."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RejectedMessage:
     """Router to gateway: a request was not taken, or fails as a whole."""
 
     request_id: str
-    reason: Literal["invalid", "full", "leaving", "failed"]
-    """``full`` and ``leaving``: another router may take it."""
+    reason: RejectReason
     message: str
     param: str | None = None
 
@@ -122,5 +129,9 @@ class RouterStatusMessage:
     num_waiting: int
     num_free_tokens: int
     """Positions left in the KV cache."""
+    num_outstanding_tokens: int = 0
+    """Tokens of prompts and wanted tokens of everything that it has taken on and not finished."""
+    step_age_ms: int = 0
+    """How long its current step has lasted; 0 between two steps."""
     leaving: bool = False
     """It stops soon: take the sequences elsewhere."""
