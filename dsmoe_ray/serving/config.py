@@ -51,13 +51,15 @@ class ExpertScalingConfig(Config):
     """Share of a host's capacity that its experts' load should take."""
     upscale_delay_s: float = Field(default=1.0, ge=0)
     downscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_margin_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """A replica goes only if the others stay below the target by this share of it, so that none comes and goes."""
     look_back_s: PositiveFloat = 2.0
     """Half-life of the moving average of an expert's load."""
     tokens_per_replica_s: PositiveFloat | None = None
     """Load that one replica takes; by default measured from the hosts' compute time."""
     interval_s: PositiveFloat = 0.25
     """How often loads are read and decisions made."""
-    pinned: dict[str, int] = Field(default_factory=dict)
+    pinned: dict[str, NonNegativeInt] = Field(default_factory=dict)
     """Replicas of single experts whatever their load, by ``layer/expert``, such as ``3/17: 2``."""
 
     @model_validator(mode="after")

@@ -1,0 +1,86 @@
+"""The board on which replicas are packed onto hosts: experts and hosts are numbers, and sums are kept up to date.
+
+It decides nothing: ``fitting.py`` and ``balancing.py`` change it, ``placement.py`` turns plans into it and back.
+
+Shape letters: E experts, H hosts.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+import numpy as np
+
+
+class Packing:
+    """Which host holds which experts at the moment, and what that makes of loads and memory."""
+
+    def __init__(
+        self,
+        *,
+        loads_E: np.ndarray,
+        bytes_E: np.ndarray,
+        memory_H: np.ndarray,
+        node_H: np.ndarray,
+        hosts_of: Sequence[Iterable[int]],
+    ) -> None:
+        """Take the replicas as they are; ``hosts_of`` names each expert's hosts."""
+        self.loads_E, self.bytes_E = loads_E, bytes_E
+        self.memory_H, self.node_H = memory_H, node_H
+        self._nodes: list[int] = node_H.tolist()
+        self.hosts_of: list[list[int]] = [list(hosts) for hosts in hosts_of]
+        self.experts_on: list[set[int]] = [set() for _ in memory_H]
+        self.free_H = memory_H.copy()
+        self.load_H = np.zeros(len(memory_H))
+        self.shares_E = np.zeros(len(loads_E))
+        for expert, hosts in enumerate(self.hosts_of):
+            for host in hosts:
+                self.experts_on[host].add(expert)
+        self.free_H -= self.sum_over_hosts(bytes_E).astype(np.int64)
+        self.share_out(self.count_replicas())
+
+    @property
+    def num_hosts(self) -> int:
+        """Return the number of hosts."""
+        return len(self.memory_H)
+
+    def count_replicas(self) -> np.ndarray:
+        """Return the number of replicas of each expert."""
+        return np.fromiter(map(len, self.hosts_of), dtype=np.int64, count=len(self.hosts_of))
+
+    def sum_over_hosts(self, values_E: np.ndarray) -> np.ndarray:
+        """Return for each host the sum of a value over the experts that it holds."""
+        counts_E = self.count_replicas()
+        host_of_replica = np.fromiter(chain.from_iterable(self.hosts_of), dtype=np.int64, count=int(counts_E.sum()))
+        return np.bincount(host_of_replica, weights=np.repeat(values_E, counts_E), minlength=self.num_hosts)
+
+    def share_out(self, counts_E: np.ndarray) -> None:
+        """Give every replica an equal share of its expert's load, as if there were ``counts_E`` of them."""
+        self.shares_E = self.loads_E / np.maximum(counts_E, 1)
+        self.load_H = self.sum_over_hosts(self.shares_E)
+
+    def add(self, expert: int, host: int) -> None:
+        """Put a replica onto a host."""
+        self.hosts_of[expert].append(host)
+        self.experts_on[host].add(expert)
+        self.free_H[host] -= self.bytes_E[expert]
+        self.load_H[host] += self.shares_E[expert]
+
+    def remove(self, expert: int, host: int) -> None:
+        """Take a replica off a host."""
+        self.hosts_of[expert].remove(host)
+        self.experts_on[host].remove(expert)
+        self.free_H[host] += self.bytes_E[expert]
+        self.load_H[host] -= self.shares_E[expert]
+
+    def num_on_node(self, expert: int, host: int) -> int:
+        """Return how many replicas of an expert share the node of a host."""
+        node = self._nodes[host]
+        return sum(self._nodes[other] == node for other in self.hosts_of[expert])
+
+    def may_go(self, expert: int, source: int, target: int) -> bool:
+        """Return whether a replica may move: no second one on a host, and not onto fewer nodes."""
+        if target in self.hosts_of[expert]:
+            return False
+        if self._nodes[source] == self._nodes[target] or self.num_on_node(expert, target) == 0:
+            return True
+        return self.num_on_node(expert, source) > 1
