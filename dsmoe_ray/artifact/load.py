@@ -11,25 +11,15 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dsmoe_ray.artifact.layout import expert_matrices, expert_name, is_stacked, model_shapes, stacked_name
-from dsmoe_ray.artifact.manifest import (
-    CHAT_TEMPLATE,
-    GENERATION,
-    TOKENIZER,
-    ArtifactManifest,
-    read_generation_config,
-    read_index,
-    read_manifest,
-    read_model_config,
-    read_side_file,
-)
+from dsmoe_ray.artifact.manifest import read_index
+from dsmoe_ray.artifact.side_files import SideFiles, read_side_files
 from dsmoe_ray.artifact.weights_file import WeightsFile, digest_tensor
 from dsmoe_ray.errors import ArtifactError
-from dsmoe_ray.model.config import ModelConfig, MoeConfig
+from dsmoe_ray.model.config import MoeConfig
 
 
 def load_artifact(directory: Path) -> "Artifact":
@@ -38,23 +28,21 @@ def load_artifact(directory: Path) -> "Artifact":
     Raises:
         ArtifactError: there is none, or it is damaged, incomplete or of an unknown format; names the file.
     """
-    manifest = read_manifest(directory)
-    return Artifact(directory, manifest, read_model_config(directory, manifest))
+    return Artifact(read_side_files(directory))
 
 
 class Artifact:
     """An opened artifact; see ``load_artifact``."""
 
-    def __init__(self, directory: Path, manifest: ArtifactManifest, model_config: ModelConfig) -> None:
+    def __init__(self, side_files: SideFiles) -> None:
+        directory, manifest = side_files.directory, side_files.manifest
+        self.side_files = side_files
         self.directory = directory
         self.manifest = manifest
-        self.model_config = model_config
-        self.generation_config: dict[str, Any] = read_generation_config(directory, manifest)
-        """Defaults for generation, such as ``eos_token_id``."""
-        self.tokenizer_json = self._read_text(TOKENIZER)
-        """Content of the verified ``tokenizer.json``."""
-        self.chat_template = self._read_text(CHAT_TEMPLATE) if CHAT_TEMPLATE in manifest.side_files else None
-        """Jinja template that turns a conversation into a prompt, if the model has one."""
+        self.model_config = side_files.model_config
+        self.generation_config = side_files.generation_config
+        self.tokenizer_json = side_files.tokenizer_json
+        self.chat_template = side_files.chat_template
         self._file_of = read_index(directory, manifest)
         self._verified: set[str] = set()
         # Opened, not read: a missing or shortened file is told now and not in mid-request.
@@ -66,20 +54,8 @@ class Artifact:
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Tokens that end a text, as the defaults for generation name them; empty if they do not.
-
-        Raises:
-            ArtifactError: they name what is no token of the model.
-        """
-        found = self.generation_config.get("eos_token_id")
-        ids = found if isinstance(found, list) else [] if found is None else [found]
-        for token_id in ids:
-            if type(token_id) is not int or not 0 <= token_id < self.model_config.vocab_size:
-                raise ArtifactError(
-                    f"{self.directory / GENERATION}: eos_token_id={found!r:.80} is no token id below "
-                    f"vocab_size={self.model_config.vocab_size}. Write the artifact anew."
-                )
-        return ids
+        """Tokens that end a text; see ``SideFiles``."""
+        return self.side_files.eos_token_ids
 
     @property
     def size_bytes(self) -> int:
@@ -209,9 +185,3 @@ class Artifact:
                     f"{file.path}: {name} is {entry.dtype} {entry.shape}; "
                     f"the manifest says {expected.dtype} {expected.shape}. Copy the artifact from its source again."
                 )
-
-    def _read_text(self, name: str) -> str:
-        try:
-            return read_side_file(self.directory, name, self.manifest).decode()
-        except UnicodeDecodeError as error:
-            raise ArtifactError(f"{self.directory / name} is not UTF-8: {error}.") from error

@@ -24,6 +24,8 @@ _OTHER_ENDS_OF_TEXT = ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 _BYTE_LEVEL_SIZE = 1 + 256
 
 _PIECE_CHARS = 1 << 20
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""One byte, where a vocabulary of characters falls back to bytes."""
 _CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
 
 
@@ -52,6 +54,12 @@ class TextTokenizer:
         vocabulary = sorted(self.backend.get_vocab(with_added_tokens=True).items())
         return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
+    @cached_property
+    def special_ids(self) -> dict[str, int]:
+        """Return the ids of special tokens by their names, which no text yields."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special}
+
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the ids of a text, without the end-of-text token."""
         return self.encode_batch([text])[0]
@@ -64,6 +72,17 @@ class TextTokenizer:
         return [
             np.concatenate([np.asarray(next(encodings).ids, dtype=np.int64) for _ in of_text]) for of_text in pieces
         ]
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """Return the ids of a text in which names of special tokens are those tokens: a trusted one."""
+        return self._special_backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _special_backend(self) -> Tokenizer:
+        # The setting belongs to a whole tokenizer, which other threads may be using.
+        backend = Tokenizer.from_str(self.backend.to_str())
+        backend.encode_special_tokens = False
+        return backend
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of some ids; the end-of-text token gives none."""
@@ -80,9 +99,23 @@ class TextTokenizer:
         """
         if not isinstance(self.backend.decoder, decoders.ByteLevel):
             return None
-        special = {token_id for token_id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        special = set(self.special_ids.values())
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         return {token_id: _to_bytes(token) for token, token_id in vocabulary.items() if token_id not in special}
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return what a token adds to a text before it, maybe a part of a character; nothing for a special token."""
+        if self._bytes_of_tokens is not None:
+            return self._bytes_of_tokens.get(token_id, b"")
+        token = self.backend.id_to_token(token_id)
+        if token is None or token in self.special_ids:
+            return b""
+        byte = _BYTE_TOKEN.fullmatch(token)
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        # At the start of a text a decoder may drop a space.
+        before = [int(self.encode("a")[-1])]
+        return self.decode([*before, token_id])[len(self.decode(before)) :].encode()
 
     def to_json(self) -> str:
         """Return the content of a ``tokenizer.json``."""

@@ -6,12 +6,12 @@ from typing import Literal
 import torch
 
 from dsmoe_ray.artifact.load import Artifact
-from dsmoe_ray.data.tokenizer import parse_tokenizer
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, DTYPES, KernelsUnavailableError
 from dsmoe_ray.inference.cpu_runner import CpuRunner, count_block_bytes
 from dsmoe_ray.inference.engine import Engine
+from dsmoe_ray.inference.published_tokenizer import build_tokenizer
 from dsmoe_ray.inference.runner import ModelRunner
 from dsmoe_ray.inference.torch_runner import TorchRunner
 from dsmoe_ray.model.rope import compute_rotations
@@ -75,12 +75,7 @@ def load_engine(
     """
     config = config or EngineConfig()
     model = load_model(artifact, device=device, dtype=config.dtype)
-    tokenizer = parse_tokenizer(
-        artifact.tokenizer_json,
-        source=f"the tokenizer of {artifact.directory}",
-        vocab_size=artifact.model_config.vocab_size,
-        end_ids=artifact.eos_token_ids,
-    )
+    tokenizer = build_tokenizer(artifact.side_files)
     return Engine(build_runner(model, config), tokenizer, config)
 
 

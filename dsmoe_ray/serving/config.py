@@ -21,8 +21,14 @@ class HttpConfig(Config):
     """Prompts in one request."""
     max_queued_tokens: PositiveInt = 1 << 18
     """Prompt and wanted tokens of all requests that are taken on and not finished; more are answered with 429."""
+    max_sequences: PositiveInt | None = None
+    """Texts under way at once; more are answered with 429 too. By default what the routers run at once, so that no
+    text waits for another one's end."""
     max_request_s: PositiveFloat = 600.0
     """Longest life of a request; a client may ask for less."""
+    max_header_bytes: PositiveInt = 64 << 10
+    body_timeout_s: PositiveFloat = 30.0
+    """Longest time that a request may take to arrive."""
     drain_s: PositiveFloat = 30.0
     """How long requests may go on after the order to stop."""
 

@@ -1,0 +1,73 @@
+"""Errors as clients see them: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
+
+import json
+
+from dsmoe_ray.errors import (
+    ConnectionLostError,
+    DsmoeError,
+    EngineFullError,
+    ExpertUnavailableError,
+    RequestError,
+    UserError,
+)
+
+INVALID, OVERLOADED, FAILED = "invalid_request_error", "rate_limit_error", "server_error"
+
+# What the engine calls a field, and how the API calls it.
+_PARAMS = {"prompt_ids": "prompt", "prompt_logprobs": "logprobs", "generated_ids": "prompt", "id": "x-request-id"}
+
+
+class ApiError(DsmoeError):
+    """A call that is answered with an error."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        closes: bool = False,
+    ) -> None:
+        """Tell what is wrong.
+
+        Args:
+            message: What was found, what is allowed, what to change.
+            status: Of HTTP.
+            kind: The ``type`` that clients tell errors apart by.
+            param: The field or header that is wrong.
+            code: A name for this very error.
+            retry_after_s: When the same call may succeed.
+            closes: The connection ends with the answer, as the rest of the request is not read.
+        """
+        super().__init__(message)
+        self.status, self.kind, self.param, self.code = status, kind, param, code
+        self.retry_after_s, self.closes = retry_after_s, closes
+
+    def to_json(self) -> bytes:
+        """Return the body of the answer."""
+        fields = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": fields}).encode()
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Return how clients are told of an error that ended a call; of unexpected ones they learn no more than that."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError(str(error), param=_PARAMS.get(error.param, error.param))
+    if isinstance(error, UserError):
+        return ApiError(str(error))
+    if isinstance(error, EngineFullError):
+        return refuse_overload(str(error), retry_after_s=1)
+    if isinstance(error, ExpertUnavailableError | ConnectionLostError):
+        return ApiError(str(error), status=503, kind=FAILED, code="unavailable", retry_after_s=1)
+    told = str(error) if isinstance(error, DsmoeError) else "an error inside the server; its log has the request's id"
+    return ApiError(told, status=500, kind=FAILED, code="internal_error")
+
+
+def refuse_overload(message: str, *, retry_after_s: int) -> ApiError:
+    """Return the answer to a call that has to come again later."""
+    return ApiError(message, status=429, kind=OVERLOADED, code="rate_limit_exceeded", retry_after_s=retry_after_s)
