@@ -62,18 +62,26 @@ class Artifact:
         """Bytes of all weights files."""
         return sum(file.size_bytes for file in self.manifest.weight_files.values())
 
-    def load_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    def load_state_dict(
+        self, dtype: torch.dtype | None = None, *, with_experts: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Return all parameters of ``Transformer`` by name, the experts of a layer stacked ``(E, F, D)``.
 
         Args:
             dtype: Converts, which copies; by default tensors keep their type and are views of the files.
+            with_experts: False leaves the FFN experts out, neither verified nor read.
 
         Raises:
             ArtifactError: a tensor does not match its digest; names it.
         """
-        self.verify()
+        shapes = model_shapes(self.model_config)
+        if with_experts:
+            self.verify()
+        else:
+            shapes = {name: shape for name, shape in shapes.items() if not is_stacked(name)}
+            self._verify(list(shapes))
         state = {}
-        for name, shape in model_shapes(self.model_config).items():
+        for name, shape in shapes.items():
             tensor = self._stack(name, range(shape[0])) if is_stacked(name) else self._view(name)
             state[name] = tensor if dtype is None else tensor.to(dtype)
         return state

@@ -14,6 +14,8 @@ from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.published_tokenizer import build_tokenizer
 from dsmoe_ray.inference.runner import ModelRunner
 from dsmoe_ray.inference.torch_runner import TorchRunner
+from dsmoe_ray.model.config import MoeConfig
+from dsmoe_ray.model.dispatch import ExpertBackend
 from dsmoe_ray.model.rope import compute_rotations
 from dsmoe_ray.model.transformer import Transformer
 
@@ -25,7 +27,9 @@ _logger = logging.getLogger(__name__)
 _FLOAT32_WEIGHTS = ("norm.weight", "router.proj.weight")
 
 
-def load_model(artifact: Artifact, *, device: torch.device | None = None, dtype: DtypeName = "auto") -> Transformer:
+def load_model(
+    artifact: Artifact, *, device: torch.device | None = None, dtype: DtypeName = "auto", with_experts: bool = True
+) -> Transformer:
     """Return the artifact's model with its verified weights, for inference.
 
     Weights of the wanted type are used where they lie in the mapped files of the artifact.
@@ -34,12 +38,20 @@ def load_model(artifact: Artifact, *, device: torch.device | None = None, dtype:
         artifact: See ``artifact/load.py``.
         device: By default a GPU if there is one.
         dtype: What it computes in; ``auto`` takes bfloat16 on a GPU and the type of the stored weights on a CPU.
+        with_experts: False for a model whose FFN experts are computed elsewhere: theirs are tensors without memory
+            (``meta``), and nothing of them is read.
 
     Raises:
         ArtifactError: a tensor does not match its digest.
+        ConfigError: there are no experts to be elsewhere.
     """
+    if not with_experts and not isinstance(artifact.model_config.ffn, MoeConfig):
+        raise ConfigError(
+            f"{artifact.directory} is a model with a dense FFN: it has no experts that could be computed elsewhere. "
+            "Serve it with hosts.count: 0."
+        )
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tensors = artifact.load_state_dict()
+    tensors = artifact.load_state_dict(with_experts=with_experts)
     compute_dtype = _choose_dtype(dtype, device, stored=tensors["embedding.weight"].dtype)
     config = artifact.model_config
     with torch.device("meta"):
@@ -48,7 +60,7 @@ def load_model(artifact: Artifact, *, device: torch.device | None = None, dtype:
         name: tensor.to(device, torch.float32 if name.endswith(_FLOAT32_WEIGHTS) else compute_dtype)
         for name, tensor in tensors.items()
     }
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=with_experts)
     artifact.release_pages()
     cos, sin = compute_rotations(config.max_seq_len, config.attention.head_dim, config.rope_theta)
     model.cos, model.sin = cos.to(device), sin.to(device)
@@ -65,33 +77,53 @@ def load_model_to_measure(artifact: Artifact) -> Transformer:
 
 
 def load_engine(
-    artifact: Artifact, config: EngineConfig | None = None, *, device: torch.device | None = None
+    artifact: Artifact,
+    config: EngineConfig | None = None,
+    *,
+    device: torch.device | None = None,
+    experts: ExpertBackend | None = None,
 ) -> Engine:
     """Return an engine that runs the artifact's model.
+
+    Args:
+        artifact: See ``artifact/load.py``.
+        config: By default all defaults.
+        device: By default a GPU if there is one.
+        experts: Who computes FFN experts, whose weights are then not read; by default this process.
 
     Raises:
         ArtifactError: a tensor does not match its digest.
         ConfigError: the configuration does not fit the model or the machine.
     """
     config = config or EngineConfig()
-    model = load_model(artifact, device=device, dtype=config.dtype)
+    model = load_model(artifact, device=device, dtype=config.dtype, with_experts=experts is None)
     tokenizer = build_tokenizer(artifact.side_files)
-    return Engine(build_runner(model, config), tokenizer, config)
+    return Engine(build_runner(model, config, experts=experts), tokenizer, config)
 
 
-def build_runner(model: Transformer, config: EngineConfig) -> ModelRunner:
+def choose_numerics(config: EngineConfig, device: torch.device) -> Literal["exact", "fast"]:
+    """Return what ``numerics: auto`` means on a device."""
+    if config.numerics != "auto":
+        return config.numerics
+    return "exact" if device.type == "cpu" else "fast"
+
+
+def build_runner(model: Transformer, config: EngineConfig, *, experts: ExpertBackend | None = None) -> ModelRunner:
     """Return the fastest runner for the device that a model is on.
+
+    Args:
+        model: See ``load_model``.
+        config: Of the engine.
+        experts: Who computes FFN experts; by default this process.
 
     Raises:
         ConfigError: the configuration does not fit the model or the machine.
     """
-    is_cpu = model.embedding.weight.device.type == "cpu"
-    numerics = config.numerics
-    if numerics == "auto":
-        numerics = "exact" if is_cpu else "fast"
-    if is_cpu:
+    device = model.embedding.weight.device
+    numerics = choose_numerics(config, device)
+    if device.type == "cpu":
         try:
-            return _build_cpu_runner(model, config, numerics)
+            return _build_cpu_runner(model, config, numerics, experts)
         except KernelsUnavailableError as error:
             _logger.warning("running in PyTorch, which is several times slower: %s", error)
     attention = model.config.attention
@@ -100,10 +132,12 @@ def build_runner(model: Transformer, config: EngineConfig) -> ModelRunner:
         bytes_per_block=positions_bytes * config.block_size * model.compute_dtype.itemsize,
         max_seq_len=model.config.max_seq_len,
     )
-    return TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size, numerics=numerics)
+    return TorchRunner(model, num_blocks=num_blocks, block_size=config.block_size, numerics=numerics, experts=experts)
 
 
-def _build_cpu_runner(model: Transformer, config: EngineConfig, numerics: Literal["exact", "fast"]) -> CpuRunner:
+def _build_cpu_runner(
+    model: Transformer, config: EngineConfig, numerics: Literal["exact", "fast"], experts: ExpertBackend | None
+) -> CpuRunner:
     if config.block_size != BLOCK_SIZE:
         raise ConfigError(
             f"block_size={config.block_size}: on a CPU a block has {BLOCK_SIZE} positions. Leave block_size out."
@@ -123,6 +157,7 @@ def _build_cpu_runner(model: Transformer, config: EngineConfig, numerics: Litera
         max_tokens=config.max_batched_tokens,
         max_seqs=config.max_num_seqs,
         numerics=numerics,
+        experts=experts,
     )
 
 

@@ -16,6 +16,7 @@ from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.batch import ForwardBatch
 from dsmoe_ray.inference.decode_graphs import Capture, DecodeGraphs, DecodeInputs
 from dsmoe_ray.inference.expert_choice import Choice, TokenRules, choose
+from dsmoe_ray.inference.micro_batches import MIN_MICRO_BATCH_TOKENS, split_batch, take_turns
 from dsmoe_ray.inference.paged_attention import PagedKvCache
 from dsmoe_ray.inference.row_math import ExactMath, FastMath, RowMath, rotate_exact
 from dsmoe_ray.inference.sparse_experts import LocalExperts
@@ -41,6 +42,7 @@ class TorchRunner:
         numerics: Literal["exact", "fast"],
         experts: ExpertBackend | None = None,
         max_graph_seqs: int = 64,
+        min_micro_batch_tokens: int = MIN_MICRO_BATCH_TOKENS,
     ) -> None:
         """Take memory for keys and values.
 
@@ -51,6 +53,8 @@ class TorchRunner:
             numerics: ``exact`` makes a row's result independent of its batch, bit by bit; on a CPU.
             experts: Who runs FFN experts; by default this process.
             max_graph_seqs: On a GPU and with experts here, up to so many decoding sequences replay a CUDA graph.
+            min_micro_batch_tokens: With experts elsewhere, steps of twice as many and more run as two micro-batches
+                that take turns.
 
         Raises:
             ConfigError: exact numerics on another device than a CPU.
@@ -67,6 +71,7 @@ class TorchRunner:
             model.config, num_blocks=num_blocks, block_size=block_size, dtype=model.compute_dtype, device=device
         )
         self._experts = LocalExperts(model, numerics=self._math) if experts is None else experts
+        self._min_micro_batch_tokens = None if experts is None else min_micro_batch_tokens
         self._planner = StepPlanner(model.config, self._cache, self._math, device)
         self._static_experts = LocalExperts(model, numerics=self._math, static_shapes=True)
         self._graphs: DecodeGraphs | None = None
@@ -82,7 +87,12 @@ class TorchRunner:
         """Compute one step and return its logits ``(R, V)``, float32 on the CPU."""
         if self._graphs is not None and self._graphs.takes(batch):
             return self._graphs.run(batch, self._planner.find_rule_table(batch.rules)).cpu()
-        return finish(self.start(batch)).cpu()
+        parts = [batch]
+        if self._min_micro_batch_tokens is not None:
+            mean_over_step = isinstance(self._math, FastMath)
+            parts = split_batch(batch, min_tokens=self._min_micro_batch_tokens, mean_over_step=mean_over_step)
+        logits = take_turns([self.start(part) for part in parts])
+        return (logits[0] if len(logits) == 1 else torch.cat(logits)).cpu()
 
     @torch.inference_mode()
     def start(self, batch: ForwardBatch) -> Generator[None, None, torch.Tensor]:

@@ -1,5 +1,7 @@
 """From an artifact to a model that runs."""
 
+import itertools
+import json
 import re
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.torch_runner import TorchRunner
 from dsmoe_ray.model.init import initialize
 from dsmoe_ray.model.transformer import Transformer
-from tests.fakes.runner_kinds import make_model
+from tests.fakes.runner_kinds import make_experts, make_model
 from tests.fakes.tiny_artifact import write_tiny_artifact
 
 
@@ -93,6 +95,51 @@ def test_a_damaged_weight_is_refused_by_name(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="does not match its SHA-256"):
         load_model(load_artifact(directory))
+
+
+def damage_experts(directory):
+    """Change a byte of every FFN expert's first matrix."""
+    artifact = load_artifact(directory)
+    num_layers, num_experts = artifact.model_config.num_layers, artifact.model_config.ffn.num_experts
+    path = directory / "model-00001-of-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    header_bytes = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + header_bytes])
+    for layer, expert_id in itertools.product(range(num_layers), range(num_experts)):
+        start, _ = header[f"blocks.{layer}.ffn.experts.w1.{expert_id:05d}"]["data_offsets"]
+        data[8 + header_bytes + start] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_trunk_without_experts_reads_and_verifies_none_of_them(tmp_path):
+    directory = write_tiny_artifact(tmp_path / "artifact")
+    expected = load_model(load_artifact(directory), device=torch.device("cpu")).state_dict()
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    damage_experts(directory)
+    trunk = load_model(load_artifact(directory), device=torch.device("cpu"), with_experts=False)
+    for name, parameter in trunk.named_parameters():
+        if ".ffn.experts." in name:
+            assert parameter.device.type == "meta"
+        else:
+            assert torch.equal(parameter, expected[name])
+    with pytest.raises(ArtifactError, match=r"blocks\.0\.ffn\.experts\.w1\.00000 does not match"):
+        load_model(load_artifact(directory), device=torch.device("cpu"))
+
+
+def test_an_engine_with_experts_elsewhere_generates_what_one_with_all_weights_does(tmp_path):
+    artifact = load_artifact(write_tiny_artifact(tmp_path / "artifact"))
+    prompt = [5, 6, 7]
+    expected = generate(load_engine(artifact), prompt)
+    model = load_model(artifact, device=torch.device("cpu"))
+    elsewhere = make_experts("cpu native", model)
+    assert generate(load_engine(artifact, experts=elsewhere), prompt) == expected
+
+
+def test_a_model_with_a_dense_ffn_has_no_experts_to_be_elsewhere(tmp_path):
+    ffn = {"kind": "dense", "d_ff": 8}
+    artifact = load_artifact(write_tiny_artifact(tmp_path / "artifact", ffn=ffn))
+    with pytest.raises(ConfigError, match=r"dense FFN.*hosts\.count: 0"):
+        load_model(artifact, with_experts=False)
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux to tell what is in memory")
