@@ -52,6 +52,10 @@ class ConnectionLostError(DsmoeError):
     """The other end of a connection is gone or does not keep to the protocol."""
 
 
+class HandshakeError(ConnectionLostError):
+    """The ends of a connection do not belong together: other versions, models, roles or secrets."""
+
+
 class FrameError(DsmoeError):
     """Bytes that are no frame, or a frame beyond the limits; says which limit."""
 

@@ -1,0 +1,133 @@
+"""The one door to connections: the address' scheme chooses what carries the frames.
+
+A faster way to carry them (NCCL, RDMA, shared memory) is one more module with ``connect`` and a listener, and a scheme.
+"""
+
+from collections.abc import Sequence
+
+from dsmoe_ray.clock import monotonic_s
+from dsmoe_ray.errors import ConfigError
+from dsmoe_ray.serving.wire import memory_transport, unix_transport
+from dsmoe_ray.serving.wire.acceptance import Acceptance
+from dsmoe_ray.serving.wire.codec import MAX_FRAME_BYTES
+from dsmoe_ray.serving.wire.connection import Connection, HandleConnection, Listener
+from dsmoe_ray.serving.wire.handshake import (
+    HANDSHAKE_MAX_BYTES,
+    HANDSHAKE_TIMEOUT_S,
+    Hello,
+    UnprovenConnection,
+    check_secret,
+    prove_to_listener,
+)
+
+DEFAULT_MAX_FRAME_BYTES = 64 << 20
+SEND_TIMEOUT_S = 5.0
+"""How long a peer may read nothing while we have more to say, before it is taken for hung."""
+
+
+def open_connection(
+    address: str,
+    hello: Hello,
+    *,
+    secret: bytes,
+    timeout_s: float,
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+    send_timeout_s: float = SEND_TIMEOUT_S,
+) -> Connection:
+    """Connect to a listener and shake hands, all within ``timeout_s``.
+
+    Raises:
+        HandshakeError: the ends do not belong together; trying again will not help.
+        ConnectionLostError: nobody listens there, or nobody answers in time.
+    """
+    _check_limits(secret, max_frame_bytes)
+    deadline_s = monotonic_s() + timeout_s
+    connection = _connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
+    try:
+        prove_to_listener(
+            connection,
+            hello,
+            secret=secret,
+            timeout_s=max(0.0, deadline_s - monotonic_s()),
+            max_frame_bytes=max_frame_bytes,
+        )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def open_listener(
+    address: str,
+    handle: HandleConnection,
+    hello: Hello,
+    *,
+    secret: bytes,
+    max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
+    send_timeout_s: float = SEND_TIMEOUT_S,
+    handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+) -> Listener:
+    """Accept connections from peers that prove themselves, and call ``handle`` with each on a thread of its own.
+
+    Raises:
+        ConfigError: nobody can listen at such an address.
+    """
+    _check_limits(secret, max_frame_bytes)
+    acceptance = Acceptance(
+        handle=handle,
+        hello=hello,
+        secret=secret,
+        max_frame_bytes=max_frame_bytes,
+        handshake_timeout_s=handshake_timeout_s,
+    )
+    if address.startswith(unix_transport.SCHEME):
+        return unix_transport.UnixListener(address, acceptance, send_timeout_s=send_timeout_s)
+    if address.startswith(memory_transport.SCHEME):
+        return memory_transport.MemoryListener(address, acceptance, send_timeout_s=send_timeout_s)
+    raise _unknown(address)
+
+
+def choose_address(
+    addresses: Sequence[str], *, peer_node_id: str, node_id: str, same_node_transport: bool = True
+) -> str:
+    """Return the first of a peer's addresses, best first, that works from the node that asks.
+
+    Args:
+        addresses: As the peer announces them.
+        peer_node_id: The machine of the peer.
+        node_id: The machine of the one who asks.
+        same_node_transport: Whether ends that share a machine may use a Unix socket.
+    """
+    for address in addresses:
+        if address.startswith(unix_transport.SCHEME):
+            usable = same_node_transport and node_id == peer_node_id
+        elif address.startswith(memory_transport.SCHEME):
+            usable = memory_transport.is_listening(address)
+        else:
+            usable = True
+        if usable:
+            return address
+    raise ConfigError(
+        f"none of the addresses {list(addresses)} of a peer on node {peer_node_id!r} works from node {node_id!r}; "
+        "let it listen at grpc:// too"
+    )
+
+
+def _connect(address: str, *, timeout_s: float, send_timeout_s: float) -> UnprovenConnection:
+    if address.startswith(unix_transport.SCHEME):
+        return unix_transport.connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
+    if address.startswith(memory_transport.SCHEME):
+        return memory_transport.connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
+    raise _unknown(address)
+
+
+def _check_limits(secret: bytes, max_frame_bytes: int) -> None:
+    check_secret(secret)
+    if not HANDSHAKE_MAX_BYTES <= max_frame_bytes <= MAX_FRAME_BYTES:
+        raise ConfigError(
+            f"wire.max_frame_bytes must be between {HANDSHAKE_MAX_BYTES} and {MAX_FRAME_BYTES}; got {max_frame_bytes}"
+        )
+
+
+def _unknown(address: str) -> ConfigError:
+    return ConfigError(f"an address starts with unix://, grpc:// or memory://; found {address!r}")
