@@ -64,6 +64,10 @@ class ExpertUnavailableError(DsmoeError):
     """No replica of an expert answered in time."""
 
 
+class DeadlineError(DsmoeError):
+    """A request took longer than its caller allows."""
+
+
 class ExchangeError(DsmoeError):
     """A collective failed because a peer is dead, hung or unreachable."""
 

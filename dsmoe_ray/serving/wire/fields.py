@@ -49,6 +49,30 @@ def read_list(frame: Frame, name: str) -> list[Any]:
     return value
 
 
+def read_texts(frame: Frame, name: str, *, size: int | None = None, max_chars: int = MAX_TEXT) -> list[str]:
+    """Return an array of texts of the header, of ``size`` items if that is given."""
+    values = read_list(frame, name)
+    if (size is not None and len(values) != size) or not all(
+        type(value) is str and len(value) <= max_chars for value in values
+    ):
+        raise FrameError(
+            f"{name} must hold {_count(size)}texts of at most {max_chars} characters; found {values!r:.60}"
+        )
+    return values
+
+
+def read_ints(frame: Frame, name: str, *, low: int = 0, size: int | None = None) -> list[int]:
+    """Return an array of integers of the header, of ``size`` items if that is given."""
+    values = read_list(frame, name)
+    if (size is not None and len(values) != size) or not all(type(value) is int and value >= low for value in values):
+        raise FrameError(f"{name} must hold {_count(size)}integers of at least {low}; found {values!r:.60}")
+    return values
+
+
+def _count(size: int | None) -> str:
+    return "" if size is None else f"{size} "
+
+
 def check_text(value: object, name: str, *, max_chars: int = MAX_TEXT) -> str:
     """Return a value that is a text and not too long."""
     if type(value) is not str or len(value) > max_chars:

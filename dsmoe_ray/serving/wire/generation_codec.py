@@ -7,7 +7,7 @@ sequences as one column for each field, so that a frame of 32 sequences costs li
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -17,13 +17,25 @@ from dsmoe_ray.inference.sampling_config import GREEDY, SamplingConfig, show_num
 from dsmoe_ray.model.config import RoutingConfig
 from dsmoe_ray.model.layer_routing import LayerRouting
 from dsmoe_ray.serving.wire.connection import Buffer, Frame
-from dsmoe_ray.serving.wire.frame_fields import FrameFields
+from dsmoe_ray.serving.wire.fields import (
+    MAX_TEXT,
+    check_num_payloads,
+    read_array,
+    read_choice,
+    read_flag,
+    read_int,
+    read_ints,
+    read_list,
+    read_text,
+    read_texts,
+)
 from dsmoe_ray.serving.wire.messages import (
     CancelMessage,
     GenerateMessage,
     Kind,
     OutputsMessage,
     RejectedMessage,
+    RejectReason,
     RouterStatusMessage,
 )
 from dsmoe_ray.serving.wire.outputs_codec import outputs_from_frame, outputs_to_frame
@@ -33,8 +45,10 @@ GenerationMessage = GenerateMessage | CancelMessage | OutputsMessage | RejectedM
 _MIN_TOKEN_ID, _MAX_TOKEN_ID = -(2**31), 2**31 - 1
 _MOST = 2**53
 """No limit on tokens reaches it, so that larger ones mean the same."""
+_INT32 = np.dtype("<i4")
+_ID_FIELDS = ("prompt_ids", "generated_ids", "stop_token_ids")
+"""One payload each."""
 _SAMPLING_FIELDS = tuple(SamplingConfig.__dataclass_fields__)
-_REASONS = ("invalid", "full", "leaving", "failed", "expired")
 _STATUS_COUNTS = ("num_running", "num_waiting", "num_free_tokens", "num_outstanding_tokens", "step_age_ms")
 
 
@@ -66,7 +80,7 @@ def request_id_of(frame: Frame) -> str:
     Raises:
         FrameError: it does not say so.
     """
-    return FrameFields(frame, "GENERATE").text("id")
+    return read_text(frame, "id")
 
 
 def _generate_to_frame(message: GenerateMessage) -> Frame:
@@ -78,7 +92,6 @@ def _generate_to_frame(message: GenerateMessage) -> Frame:
         "sampling": _sampling_to_header(request.sampling),
         "stop": list(request.stop),
         "include_stop_in_output": bool(request.include_stop_in_output),
-        "stop_token_ids": [_check_id("stop_token_ids", token_id) for token_id in request.stop_token_ids],
         "ignore_eos": bool(request.ignore_eos),
         "prompt_logprobs": None if request.prompt_logprobs is None else int(request.prompt_logprobs),
         "routing": None
@@ -86,10 +99,7 @@ def _generate_to_frame(message: GenerateMessage) -> Frame:
         else [[rule.to_spec() for rule in layer] for layer in request.routing],
         "deadline_ms": message.deadline_ms,
     }
-    payloads = (
-        _ids_to_payload("prompt_ids", request.prompt_ids),
-        _ids_to_payload("generated_ids", request.generated_ids),
-    )
+    payloads = [_ids_to_payload(name, getattr(request, name)) for name in _ID_FIELDS]
     return Frame(Kind.GENERATE, header, payloads)
 
 
@@ -120,7 +130,7 @@ def _check_id(param: str, token_id: int) -> int:
 
 def _ids_to_payload(param: str, ids: Sequence[int]) -> Buffer:
     try:
-        return np.array(ids, dtype="<i4").tobytes()
+        return np.array(ids, dtype=_INT32).tobytes()
     except OverflowError:
         for token_id in ids:
             _check_id(param, token_id)
@@ -128,44 +138,38 @@ def _ids_to_payload(param: str, ids: Sequence[int]) -> Buffer:
 
 
 def _generate_from_frame(frame: Frame) -> GenerateMessage:
-    fields = FrameFields(frame, "GENERATE")
-    prompt, generated = fields.payloads(2)
-    deadline_ms = fields.integer("deadline_ms", optional=True, low=0)
-    request_id, values = fields.text("id"), frame.header
+    check_num_payloads(frame, len(_ID_FIELDS))
+    values = frame.header
     request = GenerationRequest(
-        prompt_ids=_ids_from_payload(prompt, "prompt_ids"),
-        generated_ids=_ids_from_payload(generated, "generated_ids"),
-        max_tokens=values.get("max_tokens"),  # type: ignore[arg-type]  # checked by the request itself, as are the others
+        **{name: tuple(read_array(frame, idx, name, _INT32).tolist()) for idx, name in enumerate(_ID_FIELDS)},
+        # The request itself checks these, and the items of its lists.
+        max_tokens=values.get("max_tokens"),  # type: ignore[arg-type]
         n=values.get("n"),  # type: ignore[arg-type]
-        sampling=_sampling_from_header(fields.mapping("sampling")),
-        stop=fields.items("stop"),
-        include_stop_in_output=fields.boolean("include_stop_in_output"),
-        stop_token_ids=fields.items("stop_token_ids"),
-        ignore_eos=fields.boolean("ignore_eos"),
-        routing=_routing_from_header(values.get("routing")),
         prompt_logprobs=values.get("prompt_logprobs"),
+        sampling=_sampling_from_header(values.get("sampling")),
+        stop=read_list(frame, "stop"),
+        include_stop_in_output=read_flag(frame, "include_stop_in_output"),
+        ignore_eos=read_flag(frame, "ignore_eos"),
+        routing=_routing_from_header(values.get("routing")),
     )
-    return GenerateMessage(request_id=request_id, request=request, deadline_ms=deadline_ms)
+    return GenerateMessage(
+        request_id=read_text(frame, "id"),
+        request=request,
+        deadline_ms=None if values.get("deadline_ms") is None else read_int(frame, "deadline_ms"),
+    )
 
 
-def _ids_from_payload(payload: Buffer, name: str) -> tuple[int, ...]:
-    if memoryview(payload).nbytes % 4:
-        raise FrameError(f"GENERATE: {name} must be int32; found {memoryview(payload).nbytes} bytes.")
-    return tuple(np.frombuffer(payload, dtype="<i4").tolist())
-
-
-def _sampling_from_header(header: Mapping[str, Any]) -> SamplingConfig:
+def _sampling_from_header(header: Any) -> SamplingConfig:
+    if not isinstance(header, Mapping) or not header.keys() <= set(_SAMPLING_FIELDS):
+        raise FrameError(f"sampling must map fields of SamplingConfig to values; found {header!r:.60}")
     values = dict(header)
-    unknown = values.keys() - set(_SAMPLING_FIELDS)
-    if unknown:
-        raise FrameError(f"GENERATE: sampling has the unknown field {min(unknown, key=str)!r}.")
     bias = values.get("logit_bias")
     if bias is not None:
         columns = (
             isinstance(bias, list | tuple) and len(bias) == 2 and all(isinstance(one, list | tuple) for one in bias)
         )
         if not columns or len(bias[0]) != len(bias[1]) or not all(type(token_id) is int for token_id in bias[0]):
-            raise FrameError("GENERATE: logit_bias must be a list of token ids and one of as many numbers.")
+            raise FrameError("logit_bias must be a list of token ids and one of as many numbers")
         values["logit_bias"] = dict(zip(*bias, strict=True))
     return SamplingConfig(**values)
 
@@ -174,12 +178,12 @@ def _routing_from_header(routing: Any) -> tuple[LayerRouting, ...] | None:
     if routing is None:
         return None
     if not isinstance(routing, list | tuple):
-        raise FrameError(f"GENERATE: routing must be a list of rules for each layer; found {routing!r:.100}.")
+        raise FrameError(f"routing must be an array of rules for each layer; found {routing!r:.60}")
     rules = []
     for layer in routing:
         pair = layer if isinstance(layer, list | tuple) else ()
         if len(pair) != 2 or not all(isinstance(spec, str) for spec in pair):
-            raise FrameError(f"GENERATE: routing must have two rules for each layer; found {layer!r:.100}.")
+            raise FrameError(f"routing must have two rules for each layer; found {layer!r:.60}")
         rules.append(LayerRouting(*map(_parse_rule, pair)))
     return tuple(rules)
 
@@ -197,21 +201,21 @@ def _cancel_to_frame(message: CancelMessage) -> Frame:
 
 
 def _cancel_from_frame(frame: Frame) -> CancelMessage:
-    return CancelMessage(request_ids=tuple(FrameFields(frame, "CANCEL").texts("ids")))
+    return CancelMessage(request_ids=tuple(read_texts(frame, "ids")))
 
 
 def _rejected_to_frame(message: RejectedMessage) -> Frame:
-    header = {"id": message.request_id, "reason": message.reason, "message": message.message, "param": message.param}
+    text = message.message[:MAX_TEXT]
+    header = {"id": message.request_id, "reason": message.reason, "message": text, "param": message.param}
     return Frame(Kind.REJECTED, header)
 
 
 def _rejected_from_frame(frame: Frame) -> RejectedMessage:
-    fields = FrameFields(frame, "REJECTED")
     return RejectedMessage(
-        request_id=fields.text("id"),
-        reason=fields.choice("reason", _REASONS),  # type: ignore[arg-type]
-        message=fields.text("message"),
-        param=fields.text("param", optional=True),
+        request_id=read_text(frame, "id"),
+        reason=read_choice(frame, "reason", get_args(RejectReason)),
+        message=read_text(frame, "message"),
+        param=None if frame.header.get("param") is None else read_text(frame, "param"),
     )
 
 
@@ -221,9 +225,8 @@ def _status_to_frame(message: RouterStatusMessage) -> Frame:
 
 
 def _status_from_frame(frame: Frame) -> RouterStatusMessage:
-    fields = FrameFields(frame, "ROUTER_STATUS")
-    counts = fields.integers("counts", size=len(_STATUS_COUNTS), low=0)
-    return RouterStatusMessage(**dict(zip(_STATUS_COUNTS, counts, strict=True)), leaving=fields.boolean("leaving"))
+    counts = read_ints(frame, "counts", size=len(_STATUS_COUNTS))
+    return RouterStatusMessage(**dict(zip(_STATUS_COUNTS, counts, strict=True)), leaving=read_flag(frame, "leaving"))
 
 
 _WRITERS: dict[type, Callable[[Any], Frame]] = {
