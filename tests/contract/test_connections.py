@@ -20,11 +20,12 @@ LONG_S = 30.0
 NUMBERS = itertools.count()
 
 
-@pytest.fixture(params=["memory", "unix"])
+@pytest.fixture(params=["memory", "unix", "grpc"])
 def address(request, tmp_path):
     return {
         "memory": f"memory://test-{next(NUMBERS)}",
         "unix": f"unix://{tmp_path}/s",
+        "grpc": "grpc://127.0.0.1:0",
     }[request.param]
 
 
@@ -265,10 +266,10 @@ def test_a_stranger_is_refused_at_both_ends_and_others_stay(make_peers, caplog, 
     assert SECRET.decode() not in caplog.text
 
 
-def test_two_listeners_cannot_share_an_address(make_peers, address):
-    make_peers()
+def test_two_listeners_cannot_share_an_address(make_peers):
+    taken = make_peers().listener.address
     with pytest.raises(ConfigError, match="listen"):
-        open_listener(address, print, HOST, secret=SECRET)
+        open_listener(taken, print, HOST, secret=SECRET)
 
 
 def test_a_secret_that_can_be_guessed_is_refused(address):

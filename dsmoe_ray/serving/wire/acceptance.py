@@ -1,7 +1,9 @@
 """What every listener does with an accepted connection: handshake, handler, close; one log line for each failure."""
 
+import itertools
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from dsmoe_ray.errors import ConnectionLostError, FrameError
@@ -10,6 +12,8 @@ from dsmoe_ray.serving.wire.handshake import HANDSHAKE_TIMEOUT_S, Hello, Unprove
 
 MAX_CONNECTIONS = 1024
 """More are closed as they come: each costs a thread."""
+MAX_UNPROVEN_CONNECTIONS = 64
+"""Of those, how many may be in their handshake."""
 
 _logger = logging.getLogger(__name__)
 
@@ -24,21 +28,18 @@ class Acceptance:
     max_frame_bytes: int
     handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S
     _open: set[Connection] = field(default_factory=set)
+    _unproven: set[Connection] = field(default_factory=set)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _closed: bool = False
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def serve(self, connection: UnprovenConnection, *, caller: str) -> None:
-        """Run a connection until its end; ``caller`` names it in the log."""
-        if not self._admit(connection, caller):
-            connection.close()
-            return
-        try:
-            if self._greet(connection, caller):
-                self._run_handler(connection, caller)
-        finally:
-            connection.close()
-            with self._lock:
-                self._open.discard(connection)
+    def name_caller(self, address: str) -> str:
+        """Return what the log calls the next connection."""
+        return f"caller {next(self._numbers)} of {address}"
+
+    def start(self, connection: UnprovenConnection, *, caller: str) -> None:
+        """Run a connection until its end, on a thread of its own."""
+        threading.Thread(target=self._run, args=(connection, caller), name=caller, daemon=True).start()
 
     def close(self) -> None:
         """Close every connection, and let none in any more."""
@@ -48,14 +49,28 @@ class Acceptance:
         for connection in connections:
             connection.close()
 
+    def _run(self, connection: UnprovenConnection, caller: str) -> None:
+        try:
+            if self._admit(connection, caller) and self._greet(connection, caller):
+                self._run_handler(connection, caller)
+        finally:
+            connection.close()
+            with self._lock:
+                self._open.discard(connection)
+                self._unproven.discard(connection)
+
     def _admit(self, connection: Connection, caller: str) -> bool:
         with self._lock:
-            full = len(self._open) >= MAX_CONNECTIONS
-            if not full and not self._closed:
+            if self._closed:
+                return False
+            if len(self._open) < MAX_CONNECTIONS and len(self._unproven) < MAX_UNPROVEN_CONNECTIONS:
                 self._open.add(connection)
+                self._unproven.add(connection)
                 return True
-        if full:
-            _logger.warning("%s is turned away: %d connections are open, as many as allowed", caller, MAX_CONNECTIONS)
+        _logger.warning(
+            "%s is turned away: %d connections are open and %d in their handshake; at most %d and %d are allowed",
+            *(caller, len(self._open), len(self._unproven), MAX_CONNECTIONS, MAX_UNPROVEN_CONNECTIONS),
+        )
         return False
 
     def _greet(self, connection: UnprovenConnection, caller: str) -> bool:
@@ -71,6 +86,8 @@ class Acceptance:
             if not self._closed:
                 _logger.warning("%s is turned away: %s", caller, error)
             return False
+        with self._lock:
+            self._unproven.discard(connection)
         return True
 
     def _run_handler(self, connection: UnprovenConnection, caller: str) -> None:

@@ -11,29 +11,42 @@ Item = TypeVar("Item")
 
 
 class ByteQueue(Generic[Item]):
-    """A first-in, first-out queue that knows how many bytes its items take.
+    """A first-in, first-out queue that knows how many bytes its items take; items take at least one.
 
     The taker waits in C (``SimpleQueue``): a ``Condition`` there would cost some microseconds a frame.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.closed = False
         self._items: queue.SimpleQueue[tuple[Item, int] | None] = queue.SimpleQueue()
         self._room = threading.Condition(threading.Lock())
         self._num_bytes = 0
         self._num_waiting = 0
-        self.closed = False
 
     def put(self, item: Item, num_bytes: int, timeout_s: float) -> bool:
         """Append an item, waiting until it fits or is alone; False if that took too long or the queue is closed."""
         with self._room:
-            if self._is_full(num_bytes) and not self._wait(num_bytes, timeout_s):
-                return False
-            if self.closed:
+            if self._is_full(num_bytes):
+                self._wait_for_room(num_bytes, timeout_s)
+            if self.closed or self._is_full(num_bytes):
                 return False
             self._num_bytes += num_bytes
             self._items.put((item, num_bytes))
         return True
+
+    def put_at_once(self, item: Item, num_bytes: int) -> None:
+        """Append an item that is here already, whatever waits; nothing if the queue is closed."""
+        with self._room:
+            if not self.closed:
+                self._num_bytes += num_bytes
+                self._items.put((item, num_bytes))
+
+    def wait_for_room(self) -> None:
+        """Wait until something would fit, or the queue is closed."""
+        with self._room:
+            if self._is_full(1):
+                self._wait_for_room(1, None)
 
     def get(self, timeout_s: float | None = None) -> Item | None:
         """Take the oldest item; None if there was none in time, or the queue is closed and empty (see ``ended``)."""
@@ -73,13 +86,10 @@ class ByteQueue(Generic[Item]):
     def _is_full(self, num_bytes: int) -> bool:
         return self._num_bytes > 0 and self._num_bytes + num_bytes > self.max_bytes
 
-    def _wait(self, num_bytes: int, timeout_s: float) -> bool:
-        deadline_s = monotonic_s() + timeout_s
+    def _wait_for_room(self, num_bytes: int, timeout_s: float | None) -> None:
+        deadline_s = None if timeout_s is None else monotonic_s() + timeout_s
         self._num_waiting += 1
-        try:
-            while self._is_full(num_bytes) and not self.closed:
-                if not self._room.wait(deadline_s - monotonic_s()):
-                    return False
-        finally:
-            self._num_waiting -= 1
-        return True
+        while self._is_full(num_bytes) and not self.closed:
+            if not self._room.wait(None if deadline_s is None else deadline_s - monotonic_s()):
+                break
+        self._num_waiting -= 1

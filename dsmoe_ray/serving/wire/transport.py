@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.errors import ConfigError
-from dsmoe_ray.serving.wire import memory_transport, unix_transport
+from dsmoe_ray.serving.wire import grpc_transport, memory_transport, unix_transport
 from dsmoe_ray.serving.wire.acceptance import Acceptance
 from dsmoe_ray.serving.wire.codec import MAX_FRAME_BYTES
 from dsmoe_ray.serving.wire.connection import Connection, HandleConnection, Listener
@@ -19,6 +19,7 @@ from dsmoe_ray.serving.wire.handshake import (
     check_secret,
     prove_to_listener,
 )
+from dsmoe_ray.serving.wire.tls import TlsFiles
 
 DEFAULT_MAX_FRAME_BYTES = 64 << 20
 SEND_TIMEOUT_S = 5.0
@@ -33,6 +34,7 @@ def open_connection(
     timeout_s: float,
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
     send_timeout_s: float = SEND_TIMEOUT_S,
+    tls: TlsFiles | None = None,
 ) -> Connection:
     """Connect to a listener and shake hands, all within ``timeout_s``.
 
@@ -42,7 +44,17 @@ def open_connection(
     """
     _check_limits(secret, max_frame_bytes)
     deadline_s = monotonic_s() + timeout_s
-    connection = _connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
+    connection: UnprovenConnection
+    if address.startswith(unix_transport.SCHEME):
+        connection = unix_transport.connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
+    elif address.startswith(memory_transport.SCHEME):
+        connection = memory_transport.connect(address, send_timeout_s=send_timeout_s)
+    elif address.startswith(grpc_transport.SCHEME):
+        connection = grpc_transport.connect(
+            address, send_timeout_s=send_timeout_s, max_frame_bytes=max_frame_bytes, tls=tls
+        )
+    else:
+        raise _unknown(address)
     try:
         prove_to_listener(
             connection,
@@ -66,6 +78,7 @@ def open_listener(
     max_frame_bytes: int = DEFAULT_MAX_FRAME_BYTES,
     send_timeout_s: float = SEND_TIMEOUT_S,
     handshake_timeout_s: float = HANDSHAKE_TIMEOUT_S,
+    tls: TlsFiles | None = None,
 ) -> Listener:
     """Accept connections from peers that prove themselves, and call ``handle`` with each on a thread of its own.
 
@@ -84,6 +97,8 @@ def open_listener(
         return unix_transport.UnixListener(address, acceptance, send_timeout_s=send_timeout_s)
     if address.startswith(memory_transport.SCHEME):
         return memory_transport.MemoryListener(address, acceptance, send_timeout_s=send_timeout_s)
+    if address.startswith(grpc_transport.SCHEME):
+        return grpc_transport.GrpcListener(address, acceptance, send_timeout_s=send_timeout_s, tls=tls)
     raise _unknown(address)
 
 
@@ -111,14 +126,6 @@ def choose_address(
         f"none of the addresses {list(addresses)} of a peer on node {peer_node_id!r} works from node {node_id!r}; "
         "let it listen at grpc:// too"
     )
-
-
-def _connect(address: str, *, timeout_s: float, send_timeout_s: float) -> UnprovenConnection:
-    if address.startswith(unix_transport.SCHEME):
-        return unix_transport.connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
-    if address.startswith(memory_transport.SCHEME):
-        return memory_transport.connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
-    raise _unknown(address)
 
 
 def _check_limits(secret: bytes, max_frame_bytes: int) -> None:

@@ -161,7 +161,6 @@ class UnixListener:
         self._path = path_of(address)
         self._acceptance = acceptance
         self._send_timeout_s = send_timeout_s
-        self._num_accepted = 0
         self._closed = False
         self._socket = _listen(self._path)
         self._inode = self._path.stat().st_ino
@@ -190,12 +189,9 @@ class UnixListener:
                 _logger.warning("%s cannot accept now: %s", self.address, error)
                 sleep_s(0.1)  # Out of file descriptors, most likely; there may be some soon.
                 continue
-            self._num_accepted += 1
-            caller = f"caller {self._num_accepted} of {self.address}"
+            caller = self._acceptance.name_caller(self.address)
             connection = UnixConnection(sock, peer_name=caller, send_timeout_s=self._send_timeout_s)
-            threading.Thread(
-                target=self._acceptance.serve, args=(connection,), kwargs={"caller": caller}, name=caller, daemon=True
-            ).start()
+            self._acceptance.start(connection, caller=caller)
 
 
 def _listen(path: Path) -> socket.socket:
