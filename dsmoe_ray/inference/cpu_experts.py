@@ -2,10 +2,11 @@
 
 The tokens of a call are grouped by expert, and each expert's weights are read once, where they lie, whatever the batch.
 
-Shape suffixes: T tokens of a call, D model width, E experts, F width of one expert, K experts that a token names.
+Shape suffixes: T tokens of a call, D model width, E experts, F width of one expert, K experts that a token names, P
+pairs of a token and an expert that it names.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,36 +22,39 @@ from dsmoe_ray.inference.cpu_library import (
     point,
     reference,
 )
-from dsmoe_ray.model.config import ModelConfig, MoeConfig
+from dsmoe_ray.inference.sparse_experts import StackedWeights
 from dsmoe_ray.model.dispatch import ExpertAssignment
 from dsmoe_ray.model.moe import DenseFfn
-from dsmoe_ray.model.transformer import Transformer
+from dsmoe_ray.model.transformer import Block, Transformer
 
 
 class CpuExperts:
-    """The FFN of every layer; a dense FFN is one expert that every token uses."""
+    """The FFN of every layer; a dense FFN is one expert that every token uses. For one call at a time."""
 
-    def __init__(self, model: Transformer, *, max_tokens: int, num_threads: int) -> None:
-        """Take the weights of ``model`` where they lie, for calls of up to ``max_tokens`` tokens."""
+    def __init__(self, layers: Sequence[StackedWeights], *, max_tokens: int, num_threads: int) -> None:
+        """Take the weights of equal layers where they lie, for calls of up to ``max_tokens`` tokens.
+
+        Of experts that no call names nothing is read.
+        """
         self._kernels = load_kernels()
-        ffn = model.config.ffn
-        num_experts = ffn.num_experts if isinstance(ffn, MoeConfig) else 1
-        self._d_model, self._max_tokens, self._num_experts = model.config.d_model, max_tokens, num_experts
-        self._model, self._dtype = model, model.embedding.weight.dtype
-        described = [_describe(_find_weights(block), model.config, num_threads) for block in model.blocks]
+        self._layers, self._dtype = layers, layers[0].w1_EFD.dtype
+        num_experts, d_ff, d_model = layers[0].w1_EFD.shape
+        self._d_model, self._max_tokens, self._num_experts = d_model, max_tokens, num_experts
+        described = [_describe(layer, num_threads) for layer in layers]
         self._weights = (ExpertWeights * len(described))(*described)
         self._weight_refs = [reference(weights) for weights in self._weights]
         # Memory that is not written is not taken: this is the most that a call of all tokens to all experts can want.
         num_pairs = max_tokens * num_experts
         self._scratch = {
-            "hidden": torch.empty(num_pairs, ffn.d_ff, dtype=self._dtype),
+            "hidden": torch.empty(num_pairs, d_ff, dtype=self._dtype),
             "expert_starts": torch.empty(num_experts + 1, dtype=torch.int32),
             "pair_tokens": torch.empty(num_pairs, dtype=torch.int32),
+            "pair_rows": torch.empty(num_pairs, dtype=torch.int32),
             "pair_gates": torch.empty(num_pairs),
             "active_experts": torch.empty(num_experts, dtype=torch.int32),
             "num_active": torch.empty(1, dtype=torch.int32),
             "partial_starts": torch.empty(num_experts, dtype=torch.int32),
-            "partial": torch.empty(count_partial(num_experts * min(max_tokens, MAX_STREAMED), ffn.d_ff, self._d_model)),
+            "partial": torch.empty(count_partial(num_experts * min(max_tokens, MAX_STREAMED), d_ff, d_model)),
         }
         self._call = ExpertCall(**{name: point(tensor) for name, tensor in self._scratch.items()})
         self._call_ref = reference(self._call)
@@ -70,6 +74,7 @@ class CpuExperts:
         """
         self._check(x_TD, assignment)
         call = self._call
+        call.by_pair = False
         call.num_tokens, call.x, call.y = len(x_TD), x_TD.data_ptr(), y_TD.data_ptr()
         call.stride = assignment.expert_ids_TK.shape[1]
         call.expert_ids, call.gates = assignment.expert_ids_TK.data_ptr(), assignment.gates_TK.data_ptr()
@@ -109,20 +114,42 @@ class CpuExperts:
         """Return what was computed, float32 ``(T, D)``."""
         return handle
 
+    def compute_pairs(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
+        """Return what ``dispatch`` would add up, float32 ``(P, D)``: a row per pair, token after token.
 
-def _find_weights(block: Any) -> Any:
-    return block.ffn if isinstance(block.ffn, DenseFfn) else block.ffn.experts
+        Added to zero in float32, in this order, the rows of a token give the bits of its row of ``dispatch``.
+        """
+        num_pairs = int((assignment.expert_ids_TK >= 0).sum())
+        y_PD = torch.empty(num_pairs, self._d_model)
+        self.bind(x_TD, assignment, y_PD)
+        self._call.by_pair = True
+        self._kernels.dsmoe_experts(self._weight_refs[layer], self._call_ref)
+        return y_PD
 
 
-def _describe(weights: Any, config: ModelConfig, num_threads: int) -> ExpertWeights:
+def experts_of(model: Transformer) -> list[StackedWeights]:
+    """Return the FFN weights of every layer of a model, where they lie."""
+    layers = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        ffn = block.ffn
+        if isinstance(ffn, DenseFfn):
+            layers.append(StackedWeights(ffn.w1[None], ffn.w2[None], None if ffn.w3 is None else ffn.w3[None]))
+        else:
+            layers.append(StackedWeights(ffn.experts.w1, ffn.experts.w2, ffn.experts.w3))
+    return layers
+
+
+def _describe(weights: StackedWeights, num_threads: int) -> ExpertWeights:
+    num_experts, d_ff, d_model = weights.w1_EFD.shape
     return ExpertWeights(
-        dtype=DTYPES[weights.w1.dtype],
-        d_model=config.d_model,
-        d_ff=config.ffn.d_ff,
-        num_experts=config.ffn.num_experts if isinstance(config.ffn, MoeConfig) else 1,
-        activation=ACTIVATIONS[config.ffn.activation],
+        dtype=DTYPES[weights.w1_EFD.dtype],
+        d_model=d_model,
+        d_ff=d_ff,
+        num_experts=num_experts,
+        activation=ACTIVATIONS["gelu" if weights.w3_EFD is None else "swiglu"],
         num_threads=num_threads,
-        w1=point(weights.w1),
-        w2=point(weights.w2),
-        w3=None if weights.w3 is None else point(weights.w3),
+        w1=point(weights.w1_EFD),
+        w2=point(weights.w2_EFD),
+        w3=None if weights.w3_EFD is None else point(weights.w3_EFD),
     )

@@ -119,10 +119,10 @@ class ExpertCall(Structure):
     """Tokens for the experts of one layer, and memory to work in."""
 
     _fields_ = [
-        *((name, c_int32) for name in ("num_tokens", "stride")),
+        *((name, c_int32) for name in ("num_tokens", "stride", "by_pair")),
         *((name, c_void_p) for name in ("expert_ids", "gates", "x", "y", "hidden")),
-        *((name, c_void_p) for name in ("expert_starts", "pair_tokens", "pair_gates", "active_experts")),
-        ("num_active", c_void_p),
+        *((name, c_void_p) for name in ("expert_starts", "pair_tokens", "pair_rows", "pair_gates")),
+        *((name, c_void_p) for name in ("active_experts", "num_active")),
         *((name, c_void_p) for name in ("partial_starts", "partial", "routing_s")),
     ]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dsmoe_ray.inference.batch import ForwardBatch
-from dsmoe_ray.inference.cpu_experts import CpuExperts
+from dsmoe_ray.inference.cpu_experts import CpuExperts, experts_of
 from dsmoe_ray.inference.cpu_library import (
     BLOCK_SIZE,
     DTYPES,
@@ -73,7 +73,7 @@ class CpuRunner:
         dtype = model.embedding.weight.dtype
         self._kernels = load_kernels()
         if experts is None:
-            experts = CpuExperts(model, max_tokens=max_tokens, num_threads=num_threads)
+            experts = CpuExperts(experts_of(model), max_tokens=max_tokens, num_threads=num_threads)
         self.experts = experts
         self._min_micro_batch_tokens = min_micro_batch_tokens
         self._mean_over_step = numerics == "fast"

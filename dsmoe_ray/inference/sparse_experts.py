@@ -25,8 +25,8 @@ _GROUPED_CAPABILITIES = (9, 10)
 _GROUPED_ALIGNMENT = 8
 
 
-class ExpertWeights(NamedTuple):
-    """The experts of one layer in the compute type; ``w3`` for SwiGLU only. All ``(E, F, D)``."""
+class StackedWeights(NamedTuple):
+    """All experts of one layer in the compute type, one after another; ``w3`` for SwiGLU only. All ``(E, F, D)``."""
 
     w1_EFD: torch.Tensor
     w2_EFD: torch.Tensor
@@ -69,13 +69,13 @@ class LocalExperts:
         return handle.wait()
 
 
-def weights_of(experts: Experts, dtype: torch.dtype) -> ExpertWeights:
+def weights_of(experts: Experts, dtype: torch.dtype) -> StackedWeights:
     """Return the weights in the compute type, in place if they have it."""
     w3 = None if experts.w3 is None else experts.w3.to(dtype)
-    return ExpertWeights(experts.w1.to(dtype), experts.w2.to(dtype), w3)
+    return StackedWeights(experts.w1.to(dtype), experts.w2.to(dtype), w3)
 
 
-def has_grouped_gemm(x_TD: torch.Tensor, weights: ExpertWeights) -> bool:
+def has_grouped_gemm(x_TD: torch.Tensor, weights: StackedWeights) -> bool:
     """Tell whether ``run_grouped`` runs here without waiting for the device."""
     if x_TD.device.type != "cuda" or torch.version.hip is not None or x_TD.dtype != torch.bfloat16:
         return False
@@ -85,7 +85,7 @@ def has_grouped_gemm(x_TD: torch.Tensor, weights: ExpertWeights) -> bool:
 
 
 def run_by_expert(
-    x_TD: torch.Tensor, assignment: ExpertAssignment, weights: ExpertWeights, numerics: RowMath
+    x_TD: torch.Tensor, assignment: ExpertAssignment, weights: StackedWeights, numerics: RowMath
 ) -> torch.Tensor:
     """Run each expert that someone wants once, on all of its tokens, and add outputs in ascending order of ids."""
     num_experts = len(weights.w1_EFD)
@@ -109,7 +109,7 @@ def run_by_expert(
 
 
 def run_grouped(
-    x_TD: torch.Tensor, assignment: ExpertAssignment, weights: ExpertWeights, numerics: RowMath
+    x_TD: torch.Tensor, assignment: ExpertAssignment, weights: StackedWeights, numerics: RowMath
 ) -> torch.Tensor:
     """Run all pairs of token and expert through grouped GEMMs; nothing here depends on values, only on shapes."""
     num_experts = len(weights.w1_EFD)
@@ -131,7 +131,7 @@ def run_grouped(
     return weighed_TKD.sum(1).to(x_TD.dtype)
 
 
-def run_wide(x_TD: torch.Tensor, assignment: ExpertAssignment, weights: ExpertWeights) -> torch.Tensor:
+def run_wide(x_TD: torch.Tensor, assignment: ExpertAssignment, weights: StackedWeights) -> torch.Tensor:
     """Run every expert on every token as one wide FFN."""
     num_experts = len(weights.w1_EFD)
     gates_TE = assignment.gates_TK

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsmoe_ray.inference.cpu_experts import CpuExperts
+from dsmoe_ray.inference.cpu_experts import CpuExperts, experts_of
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.inference.row_math import ExactMath, FastMath
 from dsmoe_ray.inference.sparse_experts import LocalExperts
@@ -22,7 +22,7 @@ NUM_EXPERTS, D_MODEL = 6, 32
 
 
 def build_compiled(model):
-    return with_kernels("cpu native", lambda: CpuExperts(model, max_tokens=64, num_threads=1))
+    return with_kernels("cpu native", lambda: CpuExperts(experts_of(model), max_tokens=64, num_threads=1))
 
 
 BACKENDS = {

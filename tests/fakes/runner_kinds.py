@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from dsmoe_ray.inference.cpu_experts import CpuExperts
+from dsmoe_ray.inference.cpu_experts import CpuExperts, experts_of
 from dsmoe_ray.inference.cpu_library import COMPILERS, KernelsUnavailableError
 from dsmoe_ray.inference.cpu_runner import CpuRunner
 from dsmoe_ray.inference.row_math import ExactMath, FastMath
@@ -45,7 +45,7 @@ def make_experts(kind, model):
     """Return the expert backend of a runner."""
     if kind.startswith("torch"):
         return LocalExperts(model, numerics=ExactMath() if kind == "torch exact" else FastMath())
-    return with_kernels(kind, lambda: CpuExperts(model, max_tokens=MAX_TOKENS, num_threads=1))
+    return with_kernels(kind, lambda: CpuExperts(experts_of(model), max_tokens=MAX_TOKENS, num_threads=1))
 
 
 def with_kernels(kind, make):

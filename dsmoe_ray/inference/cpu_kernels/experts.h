@@ -2,7 +2,7 @@
 //
 // Up: hidden = gate * act(w1 x) [* (w3 x)] for every (token, expert) pair. Down: each expert's contribution is computed
 // by itself and added to its tokens, experts in ascending order; so a token's sum is the same whatever else is computed
-// with it. Called by all threads of a parallel region.
+// with it, and the same as that of its contributions given out one by one. Called by all threads of a parallel region.
 #pragma once
 
 #include <algorithm>
@@ -30,9 +30,11 @@ inline int group_by_expert(const ExpertWeights& weights, const ExpertCall& call)
   };
   for_pairs([&](int, int e, float) { ++call.expert_starts[e + 1]; });
   for (int e = 0; e < num_experts; ++e) call.expert_starts[e + 1] += call.expert_starts[e];
+  int num_pairs = 0;
   for_pairs([&](int t, int e, float gate) {
     const int pair = call.expert_starts[e]++;
     call.pair_tokens[pair] = t;
+    call.pair_rows[pair] = call.by_pair ? num_pairs++ : t;
     call.pair_gates[pair] = gate;
   });
   for (int e = num_experts; e > 0; --e) call.expert_starts[e] = call.expert_starts[e - 1];
@@ -92,11 +94,12 @@ inline void combine_outputs(const ExpertWeights& weights, const ExpertCall& call
                             call.expert_starts[expert + 1] - first, call.partial_starts[i]};
       },
       [&](int i, int input) {
-        return call.y + call.pair_tokens[call.expert_starts[call.active_experts[i]] + input] * d_model;
+        return call.y + call.pair_rows[call.expert_starts[call.active_experts[i]] + input] * d_model;
       },
       [&](int64_t begin, int64_t end) {
-        for (int t = 0; t < call.num_tokens; ++t)
-          std::memset(call.y + t * d_model + begin, 0, sizeof(float) * (end - begin));
+        const int num_rows = call.by_pair ? call.expert_starts[weights.num_experts] : call.num_tokens;
+        for (int row = 0; row < num_rows; ++row)
+          std::memset(call.y + row * d_model + begin, 0, sizeof(float) * (end - begin));
       });
 }
 

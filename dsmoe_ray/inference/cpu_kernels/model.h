@@ -106,13 +106,15 @@ struct ExpertWeights {
 struct ExpertCall {
   int32_t num_tokens;
   int32_t stride;              // entries per token in ids and gates
+  int32_t by_pair;             // each (token, expert) pair has a row of y of its own, instead of a sum per token
   const int32_t* expert_ids;   // (T, stride) ascending, then -1
   const float* gates;          // (T, stride)
   const void* x;               // (T, D) in the weights' type
-  float* y;                    // (T, D)
+  float* y;                    // (T, D); by pair (pairs, D), token after token
   void* hidden;                // (pairs, F) in the weights' type
   int32_t* expert_starts;      // (E + 1,)
   int32_t* pair_tokens;        // (pairs,)
+  int32_t* pair_rows;          // (pairs,) which row of y a pair is added to
   float* pair_gates;           // (pairs,)
   int32_t* active_experts;     // (E,)
   int32_t* num_active;         // (1,)

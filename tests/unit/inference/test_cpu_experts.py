@@ -29,6 +29,24 @@ def test_a_token_cut_out_of_a_wider_assignment_gets_its_experts_only(experts):
     assert not torch.equal(found, experts.dispatch(0, x_TD, ExpertAssignment(ids_TK, gates_TK)))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_of_pairs_add_up_to_the_sums_of_tokens_bit_for_bit(dtype, num_tokens):
+    experts = make_experts("cpu native", make_model(d_model=D_MODEL, dtype=dtype))
+    x_TD, ids_TK, gates_TK = make_inputs(num_tokens, NUM_EXPERTS)
+    x_TD = x_TD.to(dtype)
+    for token in range(num_tokens):
+        ids_TK[token, token % NUM_EXPERTS :], gates_TK[token, token % NUM_EXPERTS :] = -1, 0.0
+    assignment = ExpertAssignment(ids_TK, gates_TK * torch.rand(num_tokens, NUM_EXPERTS))
+    rows = iter(experts.compute_pairs(1, x_TD, assignment))
+    sums_TD = torch.zeros(num_tokens, D_MODEL)
+    for token in range(num_tokens):
+        for _ in range(token % NUM_EXPERTS):
+            sums_TD[token] += next(rows)
+    assert next(rows, None) is None
+    assert torch.equal(sums_TD, experts.dispatch(1, x_TD, assignment))
+
+
 WRONG = {
     "too many tokens": (lambda x, ids, gates: make_inputs(MAX_TOKENS + 1), f"{MAX_TOKENS + 1} tokens.*{MAX_TOKENS}"),
     "too wide": (lambda x, ids, gates: make_inputs(3, NUM_EXPERTS + 1), rf"\(3, 7\).*K up to {NUM_EXPERTS}"),
