@@ -1,4 +1,4 @@
-"""``dsmoe bench train`` and ``dsmoe bench infer``: measured ratios against named baselines, side by side in one run."""
+"""``dsmoe bench train``, ``infer`` and ``serve``: measured ratios against named baselines, side by side in one run."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from dsmoe_ray.bench import infer, train
+from dsmoe_ray.bench import infer, serve, train
 from dsmoe_ray.bench.comparisons import measure_all
 from dsmoe_ray.bench.peer_process import parse_peer
 from dsmoe_ray.bench.settings import Settings
@@ -23,9 +23,10 @@ class Subject(StrEnum):
 
     TRAIN = "train"
     INFER = "infer"
+    SERVE = "serve"
 
 
-_BENCHES = {Subject.TRAIN: train, Subject.INFER: infer}
+_BENCHES = {Subject.TRAIN: train, Subject.INFER: infer, Subject.SERVE: serve}
 
 
 class Device(StrEnum):
@@ -48,12 +49,13 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="NAME=COMMAND",
-            help="Another engine for infer: transformers, llama_cpp or vllm, and how to start its worker; repeatable.",
+            help="Another engine and how to start it: transformers, llama_cpp or vllm for infer, vllm_server for "
+            "serve; repeatable.",
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Compute threads in total, on a CPU.")] = 2,
 ) -> None:
-    """Measure our training step or engine against named baselines, side by side; a bar that is missed is no error."""
+    """Measure training, the engine or serving against baselines, side by side; a bar that is missed is no error."""
     settings = Settings(
         device=device.value,
         num_threads=threads,
