@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "Measure loss, perplexity and active parameters of an artifact.",
     "calibrate": "Find the routing that loses least within a compute budget, and deploy it.",
     "generate": "Continue a prompt with an artifact, streamed.",
+    "serve": "Serve an artifact at an OpenAI-compatible endpoint.",
     "export": "Write an artifact as a Hugging Face model.",
     "import": "Read a Hugging Face model into an artifact.",
     "validate": "Check a config; print its parameters, FLOPs, memory and traffic.",
