@@ -11,6 +11,9 @@ from typing import Literal
 
 from dsmoe_ray.serving.plan import HostInfo, LogicalExpert, PlacementPlan
 
+Suspicion = Literal["lost", "late"]
+"""What a host is suspected of: its connection broke and cannot be made again, or it did not answer in time."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterInfo:
@@ -23,6 +26,18 @@ class RouterInfo:
     node_id: str
     leaving: bool = False
     """It stops soon and takes no new requests."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorSettings:
+    """What a person told the controller. Hosts remember it, so that it outlives the controller."""
+
+    version: int = 0
+    """Grows with every change."""
+    pinned: Mapping[str, int] = field(default_factory=dict)
+    """Replicas of single experts, by ``layer/expert``; added to those of the configuration."""
+    is_frozen: bool = False
+    """Nothing is scaled or moved but what lost hosts make necessary, as after a rollback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +60,8 @@ class HostReport:
     """It stops as soon as its experts are held elsewhere."""
     plan: PlacementPlan | None = None
     """The newest plan that it knows, where the last orders asked for it."""
+    settings: OperatorSettings = OperatorSettings()
+    """Those of the newest orders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +78,7 @@ class HostOrders:
     """Put the newest plan into the next report: this controller does not know it."""
     may_leave: bool = False
     """Nothing needs this host any more."""
+    settings: OperatorSettings = OperatorSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +88,12 @@ class RouterReport:
     info: RouterInfo
     plan_version: int
     """Of the newest plan that it knows; 0 without one."""
-    suspected: Mapping[str, Literal["lost", "late"]] = field(default_factory=dict)
-    """Hosts, by id, whose connection broke and could not be made again, or that do not answer in time."""
+    suspected: Mapping[str, Suspicion] = field(default_factory=dict)
+    """Hosts by id."""
     num_running: int = 0
     num_waiting: int = 0
     load: float = 0.0
     """Share of its sequences or its KV cache that is taken, whichever is larger; above 1 where some wait."""
-    plan: PlacementPlan | None = None
-    """As in ``HostReport``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +102,6 @@ class RouterOrders:
 
     plan: PlacementPlan | None = None
     """Newer than the one of the report."""
-    send_plan: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +112,14 @@ class GatewayReport:
     num_requests: int = 0
     """Taken on and not finished."""
     lost_routers: frozenset[str] = frozenset()
-    """Ids of those whose connection broke and could not be made again."""
+    """Ids of those that cannot be reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewayOrders:
     """What a gateway is to do."""
 
-    routers: tuple[RouterInfo, ...]
-    """All that live; a gateway lets go of those that are not among them."""
-    is_ready: bool = False
-    """Whether every expert can be reached: some living host holds it or may load it."""
-    why_not_ready: str = ""
+    routers: tuple[RouterInfo, ...] | None
+    """All that live; None while the controller does not know, and the gateway keeps those that it has."""
+    unready_reason: str | None
+    """What is missing until every token could be computed; None if nothing is."""
