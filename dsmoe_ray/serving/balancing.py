@@ -11,12 +11,12 @@ import numpy as np
 
 from dsmoe_ray.serving.packing import Packing
 
-# Least loaded hosts that an overloaded one looks at.
-_NUM_PARTNERS = 32
+# Least loaded hosts that an overloaded one looks at first, and if none of them helps.
+_NUM_PARTNERS = (12, 64)
 # Best exchanges that are tried before a host counts as stuck.
-_NUM_TRIES = 64
-# What gains less, in mean loads, is not worth its bytes.
-_LEAST_GAIN = 1e-3
+_NUM_TRIES = 256
+# What gains less, in mean loads, is not worth its bytes unless it suffices.
+_LEAST_GAIN = 5e-3
 _EMPTY = -1
 
 
@@ -39,20 +39,27 @@ def spread_over_nodes(packing: Packing) -> None:
 
 
 def balance(packing: Packing, limit_H: np.ndarray) -> None:
-    """Bring every host within its limit, as far as moves and exchanges can."""
-    is_stuck_H = np.zeros(packing.num_hosts, dtype=bool)
-    while True:
-        excess_H = np.where(is_stuck_H, -np.inf, packing.load_H - limit_H)
-        source = int(np.argmax(excess_H))
-        if excess_H[source] <= 0:
-            return
-        is_stuck_H[source] = not _relieve(packing, source, limit_H)
+    """Bring every host within its limit, as far as moves and exchanges can; once more changes nothing."""
+    has_changed = True
+    while has_changed:
+        has_changed = False
+        is_stuck_H = np.zeros(packing.num_hosts, dtype=bool)
+        while True:
+            excess_H = np.where(is_stuck_H, -np.inf, packing.load_H - limit_H)
+            source = int(np.argmax(excess_H))
+            if excess_H[source] <= 0:
+                break
+            if any(_relieve(packing, source, limit_H, num_partners) for num_partners in _NUM_PARTNERS):
+                # What was tried before on others may help now.
+                has_changed = bool(is_stuck_H.any()) or has_changed
+            else:
+                is_stuck_H[source] = True
 
 
-def _relieve(packing: Packing, source: int, limit_H: np.ndarray) -> bool:
+def _relieve(packing: Packing, source: int, limit_H: np.ndarray, num_partners: int) -> bool:
     """Make the best move or exchange between a host and the least loaded ones; return whether there was any."""
-    own = np.array(sorted(packing.experts_on[source]), dtype=np.int64)
-    partners, others = _partners(packing, source)
+    own = packing.sorted_on(source)
+    partners, others = _partners(packing, source, num_partners)
     if not len(own) or not len(partners):
         return False
     other_shares = np.where(others == _EMPTY, 0.0, packing.shares_E[others])
@@ -61,10 +68,14 @@ def _relieve(packing: Packing, source: int, limit_H: np.ndarray) -> bool:
     after_partner = packing.load_H[partners][None, :] + differences
     higher = np.maximum(after_source, after_partner)
     mean = float(packing.load_H.mean())
-    useful = higher < packing.load_H[source] - _LEAST_GAIN * mean
     is_enough = (after_source <= limit_H[source]) & (after_partner <= limit_H[partners][None, :])
+    useful = is_enough | (higher < packing.load_H[source] - _LEAST_GAIN * mean)
+    other_bytes = np.where(others == _EMPTY, 0, packing.bytes_E[others])
+    added_bytes = packing.bytes_E[own][:, None] - other_bytes[None, :]
+    fits = (added_bytes <= packing.free_H[partners][None, :]) & (-added_bytes <= packing.free_H[source])
+    fits &= _may_take(packing, source, own)[:, partners] & ~np.isin(others, own)[None, :]
     tier = np.where(is_enough, np.where(others == _EMPTY, 0, 1)[None, :], 2)
-    order = _first_by(tier, higher, useful)
+    order = _first_by(tier, higher, useful & fits)
     for position in order:
         expert, column = int(own[position // len(partners)]), int(position % len(partners))
         if _try_exchange(packing, source, int(partners[column]), expert, int(others[column])):
@@ -72,34 +83,43 @@ def _relieve(packing: Packing, source: int, limit_H: np.ndarray) -> bool:
     return False
 
 
-def _partners(packing: Packing, source: int) -> tuple[np.ndarray, np.ndarray]:
+def _partners(packing: Packing, source: int, num_partners: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the replicas to exchange with, as hosts and experts; an expert of -1 is free memory."""
-    order = np.lexsort((np.arange(packing.num_hosts), packing.load_H))[: _NUM_PARTNERS + 1].tolist()
-    pairs: list[tuple[int, int]] = []
-    for host in order:
-        if host != source:
-            pairs.append((host, _EMPTY))
-            pairs.extend((host, expert) for expert in sorted(packing.experts_on[host]))
-    array = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+    order = np.argsort(packing.load_H, kind="stable")[: num_partners + 1]
+    hosts = [host for host in order.tolist() if host != source]
+    held = [packing.sorted_on(host) for host in hosts]
+    partners = np.concatenate([hosts, np.repeat(hosts, [len(experts) for experts in held])]).astype(np.int64)
+    return partners, np.concatenate([np.full(len(hosts), _EMPTY), *held])
+
+
+def _may_take(packing: Packing, source: int, experts: np.ndarray) -> np.ndarray:
+    """Return for each of a host's experts which hosts its replica may move to: ``Packing.may_go`` for all at once."""
+    node_H, node = packing.node_H, packing.node_H[source]
+    allowed = np.ones((len(experts), packing.num_hosts), dtype=bool)
+    for row, expert in enumerate(experts.tolist()):
+        hosts = packing.hosts_of[expert]
+        if len(hosts) > 1 and packing.num_on_node(expert, source) == 1:
+            is_used = np.zeros(node_H.max() + 1, dtype=bool)
+            is_used[node_H[hosts]] = True
+            is_used[node] = False
+            allowed[row] = ~is_used[node_H]
+        allowed[row, hosts] = False
+    return allowed
 
 
 def _first_by(tier: np.ndarray, higher: np.ndarray, useful: np.ndarray) -> list[int]:
     """Return the best positions of the flattened matrices, best first."""
     positions = np.flatnonzero(useful)
     tiers, values = tier.ravel()[positions], higher.ravel()[positions]
-    order = np.lexsort((positions, values, tiers))[:_NUM_TRIES]
-    return positions[order].tolist()
+    if len(positions) > _NUM_TRIES:
+        scores = values + tiers * (values.max() + 1)
+        kept = np.argpartition(scores, _NUM_TRIES)[:_NUM_TRIES]
+        positions, tiers, values = positions[kept], tiers[kept], values[kept]
+    return positions[np.lexsort((positions, values, tiers))].tolist()
 
 
 def _try_exchange(packing: Packing, source: int, target: int, expert: int, other: int) -> bool:
-    """Move ``expert`` to the target and ``other`` back, if memory and the rules of replicas allow it."""
-    size = packing.bytes_E[expert]
-    returned = 0 if other == _EMPTY else packing.bytes_E[other]
-    if packing.free_H[target] + returned < size or packing.free_H[source] + size < returned:
-        return False
-    if not packing.may_go(expert, source, target):
-        return False
+    """Move ``expert`` to the target and ``other`` back, if that one may go there."""
     if other != _EMPTY:
         if not packing.may_go(other, target, source):
             return False

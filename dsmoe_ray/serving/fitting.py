@@ -76,6 +76,8 @@ def drop_surplus(packing: Packing, granted_E: np.ndarray) -> None:
 def add_missing(packing: Packing, granted_E: np.ndarray) -> None:
     """Add replicas up to the granted counts, as far as there is room for them."""
     missing_E = np.maximum(granted_E - packing.count_replicas(), 0)
+    if not missing_E.any():
+        return
     order = np.lexsort((np.arange(len(granted_E)), -packing.shares_E))
     heap = [_entry(packing, host) for host in range(packing.num_hosts)]
     heapq.heapify(heap)

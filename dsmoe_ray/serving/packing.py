@@ -29,7 +29,9 @@ class Packing:
         self._nodes: list[int] = node_H.tolist()
         self.hosts_of: list[list[int]] = [list(hosts) for hosts in hosts_of]
         self.experts_on: list[set[int]] = [set() for _ in memory_H]
+        self._sorted_on: list[np.ndarray | None] = [None] * len(memory_H)
         self.free_H = memory_H.copy()
+        self.num_changes = 0
         self.load_H = np.zeros(len(memory_H))
         self.shares_E = np.zeros(len(loads_E))
         for expert, hosts in enumerate(self.hosts_of):
@@ -58,10 +60,19 @@ class Packing:
         self.shares_E = self.loads_E / np.maximum(counts_E, 1)
         self.load_H = self.sum_over_hosts(self.shares_E)
 
+    def sorted_on(self, host: int) -> np.ndarray:
+        """Return the experts of a host in ascending order."""
+        known = self._sorted_on[host]
+        if known is None:
+            known = self._sorted_on[host] = np.array(sorted(self.experts_on[host]), dtype=np.int64)
+        return known
+
     def add(self, expert: int, host: int) -> None:
         """Put a replica onto a host."""
         self.hosts_of[expert].append(host)
         self.experts_on[host].add(expert)
+        self._sorted_on[host] = None
+        self.num_changes += 1
         self.free_H[host] -= self.bytes_E[expert]
         self.load_H[host] += self.shares_E[expert]
 
@@ -69,6 +80,8 @@ class Packing:
         """Take a replica off a host."""
         self.hosts_of[expert].remove(host)
         self.experts_on[host].remove(expert)
+        self._sorted_on[host] = None
+        self.num_changes += 1
         self.free_H[host] += self.bytes_E[expert]
         self.load_H[host] -= self.shares_E[expert]
 

@@ -19,6 +19,10 @@ from dsmoe_ray.serving.fitting import add_missing, drop_surplus, grant_replicas
 from dsmoe_ray.serving.packing import Packing
 from dsmoe_ray.serving.plan import HostInfo, LogicalExpert, PlacementPlan
 
+# Sums of the same loads in another order differ in their last bits.
+_ROUNDING = 1e-9
+_MAX_PASSES = 4
+
 Cause = Literal["load", "balance", "host_lost", "memory"]
 
 
@@ -26,7 +30,7 @@ Cause = Literal["load", "balance", "host_lost", "memory"]
 class BalanceLimits:
     """When the loads of hosts are even enough."""
 
-    slack_ratio: float = 0.02
+    slack_ratio: float = 0.015
     """Share by which a host may exceed the mean load."""
     num_deviations: float = 3.0
     """How many standard errors of its measured load it may exceed that by: chance is no reason to move an expert."""
@@ -145,13 +149,23 @@ def _pack(packing: Packing, demand: ExpertDemand, start: _Start, limits: Balance
         # Where it was named it may have been read already.
         if granted_E[expert] > 0 and packing.free_H[home] >= packing.bytes_E[expert]:
             packing.add(expert, home)
-    add_missing(packing, granted_E)
-    spread_over_nodes(packing)
-    packing.share_out(packing.count_replicas())
-    mean = float(packing.load_H.mean())
+    # What one step moves may open a way for another; in the end a further pass changes nothing.
+    for _ in range(_MAX_PASSES):
+        num_changes = packing.num_changes
+        add_missing(packing, granted_E)
+        spread_over_nodes(packing)
+        packing.share_out(packing.count_replicas())
+        balance(packing, _host_limits(packing, demand, limits))
+        if packing.num_changes == num_changes:
+            break
+
+
+def _host_limits(packing: Packing, demand: ExpertDemand, limits: BalanceLimits) -> np.ndarray:
+    """Return the load that each host may have."""
     counts_E = np.maximum(packing.count_replicas(), 1)
     errors_H = np.sqrt(packing.sum_over_hosts((demand.load_errors_E / counts_E) ** 2))
-    balance(packing, mean * (1 + limits.slack_ratio + 1e-9) + limits.num_deviations * errors_H)
+    mean = float(packing.load_H.mean())
+    return mean * (1 + limits.slack_ratio + _ROUNDING) + limits.num_deviations * errors_H
 
 
 def _result(
@@ -238,11 +252,13 @@ def _placement(
     current: PlacementPlan | None,
 ) -> Placement:
     hosts, replicas, cold = content
+    if not hosts:
+        replicas = {}
     if current and (current.hosts, current.replicas, current.cold) == (hosts, replicas, cold):
         plan = current
     else:
         version = current.version + 1 if current else 1
-        plan = PlacementPlan(version=version, hosts=dict(hosts), replicas=replicas if hosts else {}, cold=cold)
+        plan = PlacementPlan(version=version, hosts=dict(hosts), replicas=replicas, cold=cold)
     sizes = dict(zip(demand.experts, packing.bytes_E.tolist(), strict=True)) if events else {}
     total = float(packing.load_H.sum())
     return Placement(
