@@ -94,6 +94,8 @@ class RouterReport:
     num_waiting: int = 0
     load: float = 0.0
     """Share of its sequences or its KV cache that is taken, whichever is larger; above 1 where some wait."""
+    plan: PlacementPlan | None = None
+    """As in ``HostReport``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ class RouterOrders:
 
     plan: PlacementPlan | None = None
     """Newer than the one of the report."""
+    send_plan: bool = False
+    """As in ``HostOrders``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """How a controller that has just started finds out what is there: from reports alone.
 
 Where no process knows a plan it is the first controller of its application, and waits for the hosts that are to come.
-Otherwise another one was there before: it asks hosts for the newest plan, waits a moment for all hosts of that plan,
+Otherwise another one was there before: it asks for the newest plan, waits a moment for all hosts of that plan,
 and goes on from there, so that nothing moves that need not. Nobody gets an order meanwhile, and traffic goes on.
 """
 
@@ -32,16 +32,19 @@ class PlanRecovery:
         """Take what a host says of plans."""
         if self._began_s is None:
             self._began_s = now_s
+        self._take_plan(report)
+
+    def take_router(self, report: RouterReport) -> None:
+        """Take what a router says of plans."""
+        self._take_plan(report)
+
+    def _take_plan(self, report: HostReport | RouterReport) -> None:
         self.version = max(self.version, report.plan_version)
         if report.plan is not None and (self._plan is None or report.plan.version > self._plan.version):
             self._plan = report.plan
 
-    def take_router(self, report: RouterReport) -> None:
-        """Take what a router says of plans."""
-        self.version = max(self.version, report.plan_version)
-
-    def wants_plan_of(self, report: HostReport) -> bool:
-        """Return whether a host should send its plan."""
+    def wants_plan_of(self, report: HostReport | RouterReport) -> bool:
+        """Return whether a process should send its plan."""
         return report.plan_version > (0 if self._plan is None else self._plan.version)
 
     def recover(self, hosts: Mapping[str, HostReport], now_s: float) -> PlacementPlan | None:

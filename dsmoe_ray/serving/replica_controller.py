@@ -141,7 +141,7 @@ class ReplicaController:
             self.events.add("router_joined", f"router {report.info.router_id} on node {report.info.node_id}")
         if self._recovery is not None:
             self._recovery.take_router(report)
-            return RouterOrders()
+            return RouterOrders(send_plan=self._recovery.wants_plan_of(report))
         self._outbid(report.plan_version)
         return RouterOrders(plan=self.plan if report.plan_version < self.plan.version else None)
 
