@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from dsmoe_ray.clock import monotonic_s, unix_s
 from dsmoe_ray.serving.gateway import Gateway, RunningCall
-from dsmoe_ray.serving.http_edge import ClientGoneError, JsonResponse
+from dsmoe_ray.serving.http_edge import ABORT_EXTENSION, ClientGoneError, JsonResponse
 from dsmoe_ray.serving.openai_api.errors import ApiError, to_api_error
 from dsmoe_ray.serving.openai_api.requests import PlannedCall
 from dsmoe_ray.serving.openai_api.responses import KEEP_ALIVE, AnswerWriter, PromptOutput, write_error_event
@@ -25,8 +25,6 @@ _STREAM_HEADERS = [
 ]
 _STALLED_S = 2.0
 """How long a client that does not read may hold a call beyond its deadline."""
-ABORT_EXTENSION = "dsmoe.abort"
-"""In a scope's extensions: cuts the connection; see ``http_server.py``."""
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ class GenerationResponse(Response):
                     await (self._stream if self._call.stream else self._collect)(running, scope, receive, send)
             except TimeoutError:
                 logger.warning("request %s: its client does not read; cut off", self._call.request_id)
-                _cut(scope)
+                await _cut(scope)
                 raise ClientGoneError from None
             finally:
                 alarm.cancel()
@@ -74,7 +72,9 @@ class GenerationResponse(Response):
         while (outputs := await running.next_outputs()) is not None:
             self._note_first(outputs)
             self._writer.take(outputs)
-        await JsonResponse(self._writer.write_whole())(scope, receive, send)
+        write = self._writer.write_whole
+        is_long = self._call.logprobs is not None
+        await JsonResponse(await asyncio.to_thread(write) if is_long else write())(scope, receive, send)
 
     async def _stream(self, running: RunningCall, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -123,7 +123,9 @@ async def _watch(receive: Receive, running: RunningCall) -> None:
     running.abort(ClientGoneError())
 
 
-def _cut(scope: Scope) -> None:
+async def _cut(scope: Scope) -> None:
     abort: Callable[[], None] | None = scope.get("extensions", {}).get(ABORT_EXTENSION)
     if abort is not None:
         abort()
+        # Until the connection knows that it is lost.
+        await asyncio.sleep(0)

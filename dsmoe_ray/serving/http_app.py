@@ -21,7 +21,7 @@ from dsmoe_ray.serving.openai_api.errors import ApiError
 from dsmoe_ray.serving.openai_api.responses import describe_model, describe_tokenizer, describe_tokens, list_models
 from dsmoe_ray.serving.openai_api.types import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse_body
 
-_SMALL_BYTES = 16 << 10
+_SMALL_BYTES = 4 << 10
 """Bodies up to here are read between two tokens of others; larger ones on another thread."""
 
 
@@ -127,11 +127,11 @@ def _detokenize(gateway: Gateway, data: bytes) -> dict[str, Any]:
 def _add_state_routes(app: FastAPI, gateway: Gateway) -> None:
     version = importlib.metadata.version("dsmoe_ray")
 
-    @app.get("/health", response_model=None)
+    @app.api_route("/health", methods=["GET", "HEAD"], response_model=None)
     async def health() -> Response:
         return JsonResponse({"status": "ok"})
 
-    @app.get("/ready", response_model=None)
+    @app.api_route("/ready", methods=["GET", "HEAD"], response_model=None)
     async def ready() -> Response:
         missing = gateway.explain_unready()
         if missing is not None:

@@ -19,6 +19,8 @@ from dsmoe_ray.serving.openai_api.errors import ApiError, to_api_error
 OPEN_PATHS = frozenset({"/health"})
 """What everyone may ask for."""
 REQUEST_ID, TIMEOUT, GRPC_TIMEOUT = "x-request-id", "x-request-timeout-ms", "grpc-timeout"
+ABORT_EXTENSION = "dsmoe.abort"
+"""Among the extensions of a scope: cuts the connection; see ``http_protocol.py``."""
 
 Authorize = Callable[[Mapping[str, str]], None]
 """Takes the headers of a request; raises ``ApiError`` if it may not go on."""
@@ -46,11 +48,7 @@ class JsonResponse(Response):
 
 def answer_error(error: ApiError) -> Response:
     """Return the answer to a call that fails."""
-    headers = {}
-    if error.retry_after_s is not None:
-        headers["retry-after"] = str(error.retry_after_s)
-    if error.closes:
-        headers["connection"] = "close"
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     return JsonResponse(error.to_json(), status_code=error.status, headers=headers)
 
 
@@ -121,7 +119,6 @@ async def read_body(request: Request, config: HttpConfig) -> bytes:
             f"content-type must be application/json; found {kind[:100] or 'none'!r}.",
             status=415,
             param="content-type",
-            closes=True,
         )
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and (len(announced) > 18 or int(announced) > config.max_body_bytes):
@@ -140,7 +137,7 @@ async def read_body(request: Request, config: HttpConfig) -> bytes:
                     return bytes(body)
     except TimeoutError:
         raise ApiError(
-            f"the body did not arrive within {config.body_timeout_s:g} s.", status=408, code="timeout", closes=True
+            f"the body did not arrive within {config.body_timeout_s:g} s.", status=408, code="timeout"
         ) from None
 
 
@@ -173,5 +170,4 @@ def _refuse_size(config: HttpConfig) -> ApiError:
         f"the body is larger than {config.max_body_bytes} bytes, which is the most allowed.",
         status=413,
         code="body_too_large",
-        closes=True,
     )

@@ -1,19 +1,16 @@
-"""An HTTP server for an ASGI application inside a running event loop: uvicorn, with limits on what a head may hold."""
+"""An HTTP server for an ASGI application inside a running event loop: uvicorn, as we want it."""
 
 import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dsmoe_ray.errors import UserError
 from dsmoe_ray.serving.config import HttpConfig
-from dsmoe_ray.serving.generation_response import ABORT_EXTENSION
-from dsmoe_ray.serving.openai_api.errors import ApiError
+from dsmoe_ray.serving.http_protocol import LimitedConfig, LimitedProtocol
 
 
 class HttpServer:
@@ -32,9 +29,10 @@ class HttpServer:
         """
         listener = _listen(self._config)
         host, port = listener.getsockname()[:2]
-        settings = uvicorn.Config(
+        settings = LimitedConfig(
             self._app,
-            http=_limit_heads(self._config.max_header_bytes),
+            limits=self._config,
+            http=LimitedProtocol,
             ws="none",
             lifespan="on",
             access_log=False,
@@ -88,45 +86,3 @@ def _refuse_address(config: HttpConfig, error: OSError) -> UserError:
         f"cannot listen on {config.host}:{config.port}: {error.strerror or error}. Choose another http.port, or 0 for "
         "a free one."
     )
-
-
-def _limit_heads(max_bytes: int) -> type[HttpToolsProtocol]:
-    too_large = ApiError(
-        f"the head of the request is larger than {max_bytes} bytes, which is the most allowed.",
-        status=431,
-        code="head_too_large",
-    ).to_json()
-    refusal = (
-        b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\ncontent-type: application/json\r\n"
-        b"content-length: %d\r\n\r\n%s" % (len(too_large), too_large)
-    )
-
-    class LimitedProtocol(HttpToolsProtocol):
-        """Counts the bytes of a request until its head is whole; uvicorn itself would take any number."""
-
-        _num_head_bytes: int | None = 0
-        """None while a body arrives."""
-
-        def data_received(self, data: bytes) -> None:
-            if self._num_head_bytes is not None:
-                self._num_head_bytes += len(data)
-            super().data_received(data)
-            if self._num_head_bytes is not None and self._num_head_bytes > max_bytes:
-                self.transport.write(refusal)
-                self.transport.close()
-
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._num_head_bytes = self._num_head_bytes or 0
-            extensions: dict[str, Any] = {ABORT_EXTENSION: self.transport.abort}
-            self.scope["extensions"] = extensions  # type: ignore[typeddict-item]
-
-        def on_headers_complete(self) -> None:
-            super().on_headers_complete()
-            self._num_head_bytes = None
-
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            self._num_head_bytes = 0
-
-    return LimitedProtocol

@@ -33,7 +33,14 @@ def make_tokenizer(config: ModelConfig) -> TextTokenizer:
     return train_tokenizer([TEXT] * 4, vocab_size=config.vocab_size)
 
 
-def write_tiny_artifact(directory: Path, *, dtype: torch.dtype | None = None, **changes) -> Path:
+def write_tiny_artifact(
+    directory: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    chat_template: str | None = None,
+    generation_config: dict | None = None,
+    **changes,
+) -> Path:
     config = make_config(**changes)
     tokenizer = make_tokenizer(config)
     shapes = {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
@@ -44,6 +51,8 @@ def write_tiny_artifact(directory: Path, *, dtype: torch.dtype | None = None, **
         tokenizer_json=tokenizer.to_json(),
         provenance={"run": "tiny"},
         eos_token_id=tokenizer.end_of_text_id,
+        chat_template=chat_template,
+        generation_config=generation_config,
         dtype=dtype,
     )
     return directory

@@ -29,7 +29,6 @@ class ApiError(DsmoeError):
         param: str | None = None,
         code: str | None = None,
         retry_after_s: int | None = None,
-        closes: bool = False,
     ) -> None:
         """Tell what is wrong.
 
@@ -40,11 +39,10 @@ class ApiError(DsmoeError):
             param: The field or header that is wrong.
             code: A name for this very error.
             retry_after_s: When the same call may succeed.
-            closes: The connection ends with the answer, as the rest of the request is not read.
         """
         super().__init__(message)
         self.status, self.kind, self.param, self.code = status, kind, param, code
-        self.retry_after_s, self.closes = retry_after_s, closes
+        self.retry_after_s = retry_after_s
 
     def to_json(self) -> bytes:
         """Return the body of the answer."""

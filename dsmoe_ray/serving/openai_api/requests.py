@@ -1,8 +1,9 @@
 """From a body to what the engine is asked: one request for each prompt, and what the answer has to tell."""
 
+import dataclasses
 import hashlib
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,17 +83,19 @@ class Planner:
             )
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         check_integer("max_tokens", max_tokens, low=0 if body.echo else 1)
-        prompts = self._read_prompts(body.prompt)
+        wanted = self._read_common(body, logprobs=body.logprobs)
+        prompts = self._read_prompts(body)
         # Scores of a prompt and one token more: the harness of lm_eval counts on that token, even if it ends the text.
         tells_end = body.echo and body.logprobs is not None and max_tokens == 1
         ends = frozenset((*body.stop_token_ids, *(() if body.ignore_eos else self._model.tokenizer.end_ids)))
-        make = self._request_maker(body, request_id, logprobs=body.logprobs, num_prompts=len(prompts))
+        if tells_end:
+            wanted |= {"ignore_eos": True, "stop_token_ids": ()}
+        if body.echo and (body.logprobs is not None or max_tokens == 0):
+            wanted["prompt_logprobs"] = body.logprobs or 0
         planned = []
         for idx, (text, ids) in enumerate(prompts):
-            changes: dict[str, Any] = {"ignore_eos": True, "stop_token_ids": ()} if tells_end else {}
-            if body.echo and (body.logprobs is not None or max_tokens == 0):
-                changes["prompt_logprobs"] = body.logprobs or 0
-            request = make(idx, ids, max_tokens, changes)
+            seed = derive_request_seed(request_id, idx) if body.seed is None else body.seed
+            request = self._make_request(wanted, ids, max_tokens=max_tokens, seed=seed)
             planned.append(PlannedPrompt(request=request, text=text if body.echo else ""))
         return PlannedCall(
             request_id=request_id,
@@ -119,11 +122,13 @@ class Planner:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         ids = self.encode_messages(body.messages, add_generation_prompt=body.add_generation_prompt)
         max_tokens = _read_chat_max_tokens(body, room=self._model.config.max_seq_len - len(ids))
-        make = self._request_maker(body, request_id, logprobs=logprobs, num_prompts=1)
+        seed = derive_request_seed(request_id, 0) if body.seed is None else body.seed
+        wanted = self._read_common(body, logprobs=logprobs)
+        request = self._make_request(wanted, ids, max_tokens=max_tokens, seed=seed)
         return PlannedCall(
             request_id=request_id,
             is_chat=True,
-            prompts=[PlannedPrompt(request=make(0, ids, max_tokens, {}))],
+            prompts=[PlannedPrompt(request=request)],
             n=body.n,
             stream=body.stream,
             include_usage=_wants_usage(body),
@@ -162,12 +167,18 @@ class Planner:
         if body.stream_options is not None and not body.stream:
             raise ApiError("stream_options needs stream: true. Add it, or leave both out.", param="stream_options")
 
-    def _read_prompts(self, value: Any) -> list[tuple[str, list[int]]]:
+    def _read_prompts(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
         """Return text and tokens of each prompt."""
-        many = _split_prompts(value)
+        many = _split_prompts(body.prompt)
         if len(many) > self._max_prompts:
             raise ApiError(
                 f"prompt has {len(many)} prompts; at most {self._max_prompts} are allowed in one call.", param="prompt"
+            )
+        if body.n * len(many) > MAX_CHOICES:
+            raise ApiError(
+                f"n={body.n} texts for {len(many)} prompts are {body.n * len(many)}; at most {MAX_CHOICES} are allowed "
+                "in one call.",
+                param="n",
             )
         return [self._read_prompt(one) for one in many]
 
@@ -177,17 +188,14 @@ class Planner:
         self._model.check_ids(prompt, param="prompt")
         return self._model.tokenizer.decode(prompt), prompt
 
-    def _request_maker(
-        self, body: GenerationBody, request_id: str, *, logprobs: int | None, num_prompts: int
-    ) -> Callable[[int, Sequence[int], int, Mapping[str, Any]], GenerationRequest]:
-        if body.n * num_prompts > MAX_CHOICES:
-            raise ApiError(
-                f"n={body.n} texts for {num_prompts} prompts are {body.n * num_prompts}; at most {MAX_CHOICES} are "
-                "allowed in one call.",
-                param="n",
-            )
+    def _read_common(self, body: GenerationBody, *, logprobs: int | None) -> dict[str, Any]:
+        """Return the fields of ``GenerationRequest`` that all prompts have in common."""
         sampling = self._model.sampling_defaults | _read_sampling(body) | {"logprobs": logprobs}
-        common: dict[str, Any] = {
+        if sampling.get("top_k") is not None:
+            # No more than there are, which is what any larger number means.
+            sampling["top_k"] = min(sampling["top_k"], self._model.config.vocab_size)
+        return {
+            "sampling": SamplingConfig(**sampling, seed=body.seed or 0),
             "n": body.n,
             "stop": _read_stop(body.stop),
             "include_stop_in_output": body.include_stop_str_in_output,
@@ -196,18 +204,17 @@ class Planner:
             "routing": self._model.routing.read(body.routing),
         }
 
-        def make(idx: int, ids: Sequence[int], max_tokens: int, changes: Mapping[str, Any]) -> GenerationRequest:
-            seed = derive_request_seed(request_id, idx) if body.seed is None else body.seed
-            request = GenerationRequest(
-                prompt_ids=ids,
-                max_tokens=max_tokens,
-                sampling=SamplingConfig(**sampling, seed=seed),
-                **(common | dict(changes)),
-            )
-            request.check_against(self._model.config)
-            return request
-
-        return make
+    def _make_request(
+        self, wanted: Mapping[str, Any], prompt_ids: Sequence[int], *, max_tokens: int, seed: int
+    ) -> GenerationRequest:
+        sampling = dataclasses.replace(wanted["sampling"], seed=seed)
+        # The longest sequence ends a text anyway.
+        num_wanted = min(max_tokens, self._model.config.max_seq_len)
+        request = GenerationRequest(
+            **(dict(wanted) | {"prompt_ids": prompt_ids, "max_tokens": num_wanted, "sampling": sampling})
+        )
+        request.check_against(self._model.config)
+        return request
 
 
 def derive_request_seed(request_id: str, prompt_idx: int) -> int:

@@ -46,6 +46,7 @@ class AnswerWriter:
             "object": self._kind + (".chunk" if call.is_chat and call.stream else ""),
             "created": created_s,
             "model": model.name,
+            "system_fingerprint": model.fingerprint,
         }
         self._head = f'data: {json.dumps(self._fields, separators=(",", ":"))[:-1]},"choices":['
         self._tail = '],"usage":null}\n\n' if call.include_usage else "]}\n\n"

@@ -1,5 +1,6 @@
 """What the gateway knows of the model it serves: names, tokens, limits, defaults. Reads no weights."""
 
+import hashlib
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ class ServedModel:
         """
         self.name = name or published.directory.resolve().name
         self.config = published.model_config
+        self.fingerprint = f"fp_{hashlib.sha256(published.manifest.to_bytes()).hexdigest()[:12]}"
+        """Changes with the weights, or anything else of the model."""
         self.created_s = int((published.directory / MANIFEST).stat().st_mtime)
         self.tokenizer: TextTokenizer = build_tokenizer(published)
         self.chat_template: ChatTemplate | None = None
