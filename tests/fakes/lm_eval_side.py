@@ -8,20 +8,16 @@ import json
 import sys
 from pathlib import Path
 
-import lm_eval
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
 
 from dsmoe_ray.artifact.load import load_artifact
 from dsmoe_ray.evaluation.lm_eval_adapter import EngineModel
 from dsmoe_ray.inference.generation import Generator
 from dsmoe_ray.inference.loading import load_engine, load_model
 from dsmoe_ray.model.layer_routing import deployed_routing
-
-TASKS = Path(__file__).with_name("lm_eval_tasks")
-TASK_NAMES = ("dsmoe_choice", "dsmoe_completion", "dsmoe_perplexity")
+from tests.fakes.lm_eval_tasks_run import evaluate
 
 
 class ForwardModel(EngineModel):
@@ -60,16 +56,6 @@ class ForwardModel(EngineModel):
             if found:
                 return text[: min(found)]
         return text
-
-
-def evaluate(model):
-    tasks = TaskManager(include_path=str(TASKS), include_defaults=False)
-    found = lm_eval.simple_evaluate(model=model, tasks=list(TASK_NAMES), task_manager=tasks, bootstrap_iters=0)
-    samples = {
-        name: [sample["filtered_resps"] for sample in sorted(found["samples"][name], key=lambda one: one["doc_id"])]
-        for name in TASK_NAMES
-    }
-    return {"results": found["results"], "samples": samples}
 
 
 def main(artifact_path, export_path, out):
