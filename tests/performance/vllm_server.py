@@ -1,6 +1,6 @@
 """Peer over HTTP: vLLM's own OpenAI-compatible server on a CPU, with the settings of ``vllm_worker.py``.
 
-``vllm_server.py --model DIR --dtype T --threads N --port P`` becomes ``vllm serve``.
+``vllm_server.py --model DIR --dtype T --threads N --port P`` becomes vLLM's server.
 """
 
 import argparse
@@ -30,8 +30,10 @@ def main():
             "LD_PRELOAD": str(Path(sys.prefix) / "lib" / "libiomp5.so"),
         }
     )
-    command = [str(Path(sys.prefix) / "bin" / "vllm"), "serve", arguments.model, "--served-model-name", "bench"]
-    options = ["--dtype", arguments.dtype, "--host", "127.0.0.1", "--port", arguments.port]
+    # What "vllm serve" starts. That command asks for the version of "vllm", but the CPU wheel has another name.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    model = ["--model", arguments.model, "--served-model-name", "bench", "--dtype", arguments.dtype]
+    options = [*model, "--host", "127.0.0.1", "--port", arguments.port]
     limits = ["--max-num-seqs", arguments.max_seqs, "--max-num-batched-tokens", "8192", "--no-enable-prefix-caching"]
     os.execv(command[0], [*command, *options, *limits])
 
