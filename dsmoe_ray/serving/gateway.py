@@ -28,16 +28,20 @@ _FIRST_POKE_S, _POKE_S = 1.0, 10.0
 class GenerationPool(Protocol):
     """The routers, as the gateway sees them."""
 
-    def generate(self, request_id: str, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
+    def generate(
+        self, request_id: str, request: GenerationRequest, *, deadline_s: float | None = None
+    ) -> AsyncGenerator[SequenceOutput, None]:
         """Continue a prompt; all its sequences end with a finish reason. Closing the iterator cancels the request.
 
         Args:
             request_id: No other request of this gateway has it, now or later.
             request: Has a seed.
+            deadline_s: How long it may take; None as long as it takes.
 
         Raises:
             RequestError: the request cannot be served.
             EngineFullError: no router has room for it.
+            DeadlineError: it took too long.
             DsmoeError: it cannot go on.
         """
 
@@ -77,6 +81,10 @@ class Gateway:
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
+    def follow_capacity(self, max_sequences: int) -> None:
+        """Take on as many sequences as the routers now run at once, unless the configuration gives a number."""
+        self.admission.set_max_sequences(self.config.max_sequences or max_sequences)
+
     def explain_unready(self) -> str | None:
         """Return why calls would not be answered now; None if they would."""
         return "the server is stopping" if self._draining else self._explain_unready()
@@ -94,8 +102,8 @@ class Gateway:
         self.admission.check_open()
 
     @asynccontextmanager
-    async def run(self, call: PlannedCall) -> AsyncIterator["RunningCall"]:
-        """Run a call while the context lasts; leaving early cancels it.
+    async def run(self, call: PlannedCall, *, deadline_s: float | None = None) -> AsyncIterator["RunningCall"]:
+        """Run a call while the context lasts, for at most ``deadline_s``; leaving early cancels it.
 
         Raises:
             ApiError: it is not taken on.
@@ -107,7 +115,7 @@ class Gateway:
             self._running.add(running)
             self._is_idle.clear()
             try:
-                running.start([self._continue(prompt.request) for prompt in call.prompts], n=call.n)
+                running.start([self._continue(prompt.request, deadline_s) for prompt in call.prompts], n=call.n)
                 yield running
             finally:
                 try:
@@ -133,9 +141,9 @@ class Gateway:
                 running.abort(stopping)
             await self._is_idle.wait()
 
-    def _continue(self, request: GenerationRequest) -> AsyncGenerator[SequenceOutput, None]:
+    def _continue(self, request: GenerationRequest, deadline_s: float | None) -> AsyncGenerator[SequenceOutput, None]:
         self._num_requests += 1
-        return self._pool.generate(f"{self._name}-{self._num_requests}", request)
+        return self._pool.generate(f"{self._name}-{self._num_requests}", request, deadline_s=deadline_s)
 
 
 class RunningCall:

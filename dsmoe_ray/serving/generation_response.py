@@ -12,6 +12,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from dsmoe_ray.clock import monotonic_s, unix_s
+from dsmoe_ray.errors import DeadlineError
 from dsmoe_ray.serving.gateway import Gateway, RunningCall
 from dsmoe_ray.serving.http_edge import ABORT_EXTENSION, ClientGoneError, JsonResponse
 from dsmoe_ray.serving.openai_api.errors import ApiError, to_api_error
@@ -52,8 +53,9 @@ class GenerationResponse(Response):
         """Run the call and answer it."""
         loop = asyncio.get_running_loop()
         left_s = self._timeout_s - (monotonic_s() - self._arrived_s)
-        async with self._gateway.run(self._call) as running:
+        async with self._gateway.run(self._call, deadline_s=max(left_s, 0.001)) as running:
             watcher = asyncio.create_task(_watch(receive, running))
+            # Once more beside the routers' own, who may hang.
             alarm = loop.call_later(left_s, running.abort, self._late())
             try:
                 async with asyncio.timeout(left_s + _STALLED_S):
@@ -107,12 +109,9 @@ class GenerationResponse(Response):
             self._is_first = False
             self._gateway.metrics.time_to_first_token.observe(monotonic_s() - self._arrived_s)
 
-    def _late(self) -> ApiError:
-        return ApiError(
-            f"the call did not end within its {self._timeout_s:g} s. Allow more time, or ask for fewer tokens.",
-            status=504,
-            kind="timeout_error",
-            code="deadline_exceeded",
+    def _late(self) -> DeadlineError:
+        return DeadlineError(
+            f"the call did not end within its {self._timeout_s:g} s. Allow more time, or ask for fewer tokens."
         )
 
 

@@ -59,7 +59,7 @@ async def run_single_process(config: ServingConfig) -> AsyncIterator[str]:
         pool,
         model,
         config.http,
-        max_sequences=config.engine.max_num_seqs + config.engine.max_waiting,
+        max_sequences=config.engine.max_num_seqs,
         explain_unready=lambda: None if pool.num_connected else "the engine is not there",
     )
     server = HttpServer(build_http_app(gateway), config.http)

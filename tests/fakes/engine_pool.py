@@ -24,7 +24,7 @@ class EnginePool:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    async def generate(self, request_id, request):
+    async def generate(self, request_id, request, *, deadline_s=None):
         self.requests[request_id] = request
         if self.failure is not None:
             raise self.failure

@@ -1,9 +1,11 @@
 """Errors as clients see them: ``{"error": {"message", "type", "param", "code"}}`` and a status."""
 
 import json
+from typing import Any
 
 from dsmoe_ray.errors import (
     ConnectionLostError,
+    DeadlineError,
     DsmoeError,
     EngineFullError,
     ExpertUnavailableError,
@@ -15,6 +17,21 @@ INVALID, OVERLOADED, FAILED = "invalid_request_error", "rate_limit_error", "serv
 
 # What the engine calls a field, and how the API calls it.
 _PARAMS = {"prompt_ids": "prompt", "prompt_logprobs": "logprobs", "generated_ids": "prompt", "id": "x-request-id"}
+
+_LATER: dict[str, Any] = {"status": 429, "kind": OVERLOADED, "code": "rate_limit_exceeded"}
+# The first kind that fits counts.
+_ANSWERS: dict[Any, dict[str, Any]] = {
+    UserError: {},
+    EngineFullError: _LATER | {"retry_after_s": 1},
+    DeadlineError: {"status": 504, "kind": "timeout_error", "code": "deadline_exceeded"},
+    (ExpertUnavailableError, ConnectionLostError): {
+        "status": 503,
+        "kind": FAILED,
+        "code": "unavailable",
+        "retry_after_s": 1,
+    },
+    DsmoeError: {"status": 500, "kind": FAILED, "code": "internal_error"},
+}
 
 
 class ApiError(DsmoeError):
@@ -54,18 +71,13 @@ def to_api_error(error: Exception) -> ApiError:
     """Return how clients are told of an error that ended a call; of unexpected ones they learn no more than that."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RequestError):
-        return ApiError(str(error), param=_PARAMS.get(error.param, error.param))
-    if isinstance(error, UserError):
-        return ApiError(str(error))
-    if isinstance(error, EngineFullError):
-        return refuse_overload(str(error), retry_after_s=1)
-    if isinstance(error, ExpertUnavailableError | ConnectionLostError):
-        return ApiError(str(error), status=503, kind=FAILED, code="unavailable", retry_after_s=1)
-    told = str(error) if isinstance(error, DsmoeError) else "an error inside the server; its log has the request's id"
-    return ApiError(told, status=500, kind=FAILED, code="internal_error")
+    for kinds, answer in _ANSWERS.items():
+        if isinstance(error, kinds):
+            param = _PARAMS.get(error.param, error.param) if isinstance(error, RequestError) else None
+            return ApiError(str(error), param=param, **answer)
+    return ApiError("an error inside the server; its log has the request's id", **_ANSWERS[DsmoeError])
 
 
 def refuse_overload(message: str, *, retry_after_s: int) -> ApiError:
     """Return the answer to a call that has to come again later."""
-    return ApiError(message, status=429, kind=OVERLOADED, code="rate_limit_exceeded", retry_after_s=retry_after_s)
+    return ApiError(message, **_LATER, retry_after_s=retry_after_s)
