@@ -114,7 +114,7 @@ class TextTokenizer:
         if byte is not None:
             return bytes([int(byte[1], 16)])
         # At the start of a text a decoder may drop a space.
-        before = [int(self.encode("a")[-1])]
+        before = self.encode("a")[-1:].tolist()
         return self.decode([*before, token_id])[len(self.decode(before)) :].encode()
 
     def to_json(self) -> str:

@@ -91,8 +91,8 @@ class Admission:
                 f"{self._tokens.capacity} are allowed. Lower max_tokens or n, or send fewer prompts.",
                 param="max_tokens",
             )
-        self.check_open()
-        if self._tokens.taken + num_tokens > self._tokens.capacity:
+        is_full = self._sequences.taken >= self._sequences.capacity
+        if is_full or self._tokens.taken + num_tokens > self._tokens.capacity:
             raise self._refuse(num_tokens, 1)
         self._tokens.taken += num_tokens
         self._sequences.taken += num_sequences

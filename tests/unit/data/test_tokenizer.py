@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 
 from dsmoe_ray.data import tokenizer as tokenizer_module
 from dsmoe_ray.data.tokenizer import TextTokenizer, load_tokenizer, parse_tokenizer, train_tokenizer
@@ -126,6 +126,36 @@ def test_tokens_are_decoded_as_the_library_decodes_them(ids):
     decoded = _with_added_tokens()
     # Ids from 324 on are no tokens: a model may have more rows than its tokenizer has tokens.
     assert decoded.decode(ids) == decoded.backend.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 339), max_size=12))
+def test_the_bytes_of_tokens_add_up_to_the_text(ids):
+    decoded = _with_added_tokens()
+    assert b"".join(map(decoded.bytes_of, ids)).decode(errors="replace") == decoded.decode(ids)
+
+
+def test_bytes_of_tokens_are_known_whatever_the_vocabulary_is_made_of():
+    vocabulary = {**{f"<0x{byte:02X}>": byte for byte in range(256)}, "\u2581one": 256, "a": 257, "</s>": 258}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["</s>"])
+    tokenizer = TextTokenizer(backend, end_of_text_id=258)
+    ids = [256, 0xE6, 0xBC, 0xA2, 257, 258, 999]
+    assert [tokenizer.bytes_of(token) for token in ids] == [b" one", b"\xe6", b"\xbc", b"\xa2", b"a", b"", b""]
+
+
+def test_names_of_special_tokens_are_those_tokens_only_in_a_text_that_is_trusted():
+    decoded = _with_added_tokens()
+    text = "def <|user|> f"
+    user = decoded.special_ids["<|user|>"]
+    assert user not in decoded.encode(text)
+    trusted = decoded.encode_with_special(text)
+    assert trusted == [*decoded.encode("def "), user, *decoded.encode(" f")]
+    # The setting of the one has not become that of the other.
+    assert user not in decoded.encode(text)
 
 
 @functools.cache
