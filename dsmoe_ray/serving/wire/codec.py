@@ -1,8 +1,8 @@
 """Frames to bytes and back. Trusts nothing that it reads: every length is checked before anything is made of it.
 
 A frame is a prefix of 16 bytes (magic, kind, number of payloads, bytes of the header, bytes of all), the payloads'
-lengths, the header in msgpack, and the payloads. Payloads start at multiples of 16, so that arrays in them are aligned
-whatever buffer the frame lies in. Payloads are neither copied on the way out nor on the way in.
+sizes, the header in msgpack, and the payloads. Payloads start at multiples of 16, so that arrays in them are aligned
+whatever buffer the frame lies in. Large payloads are not copied on the way out, none on the way in.
 """
 
 import struct
@@ -21,12 +21,16 @@ MAX_FRAME_BYTES = (1 << 32) - 16
 """What the prefix can say; connections allow less."""
 
 _MAGIC = b"DSM1"
-_ALIGNMENT = 16
-_PADDING = bytes(_ALIGNMENT)
-# One compiled format for each number of payloads: the prefix and the payloads' lengths.
+_MASK = 15
+# What fills the space after so many bytes modulo 16.
+_PADDINGS = [bytes(-num_bytes & _MASK) for num_bytes in range(_MASK + 1)]
+# One compiled format for each number of payloads: the prefix and the payloads' sizes.
 _PREFIXES = [struct.Struct(f"<4sHHII{count}I") for count in range(MAX_PAYLOADS + 1)]
-_LENGTHS = [struct.Struct(f"<{count}I") for count in range(MAX_PAYLOADS + 1)]
+_SIZES = [struct.Struct(f"<{count}I") for count in range(MAX_PAYLOADS + 1)]
 _FIXED = _PREFIXES[0]
+_EMPTY_HEADER = msgpack.packb({})
+_JOINED_BYTES = 2048
+"""Smaller payloads are copied to their neighbours, which costs less than one more buffer in a system call."""
 # Arrays of more than this travel as payloads; a nested header can still make no more objects than it has bytes.
 _UNPACK_LIMITS = {
     "raw": False,
@@ -53,83 +57,76 @@ def encode_header(header: Mapping[str, Any]) -> bytes:
     return packed
 
 
-def decode_header(packed: Buffer) -> dict[str, Any]:
-    """Unpack a header that came from elsewhere; ``FrameError`` if it is no mapping of plain values."""
-    try:
-        header = msgpack.unpackb(packed, **_UNPACK_LIMITS)
-    except (ValueError, msgpack.UnpackException, RecursionError) as error:
-        raise FrameError(f"a frame's header is no msgpack within the limits: {error or type(error).__name__}") from None
-    if type(header) is not dict or not all(type(key) is str for key in header):
-        raise FrameError(f"a frame's header must be a mapping with text keys; found {type(header).__name__}")
-    return header
-
-
 def encode_frame(frame: Frame, max_frame_bytes: int) -> tuple[list[Buffer], int]:
-    """Return a frame as buffers to be sent one after the other, payloads in place, and the sum of their bytes."""
-    header = encode_header(frame.header)
-    payloads, total = check_payloads(frame, len(header), max_frame_bytes)
-    count = len(payloads)
+    """Return a frame as buffers to be sent one after the other, and the sum of their bytes.
+
+    Large payloads are not copied. The buffers may be views of more than bytes; their ``nbytes`` are what counts.
+    """
+    kind, payloads = frame.kind, frame.payloads
+    header = encode_header(frame.header) if frame.header else _EMPTY_HEADER
+    sizes = [len(each) if type(each) is bytes else _count_bytes(each) for each in payloads]
+    count = len(sizes)
+    if count > MAX_PAYLOADS:
+        raise FrameError(f"a frame of kind {kind} has {count} payloads; at most {MAX_PAYLOADS} are allowed")
     start = PREFIX_BYTES + 4 * count + len(header)
-    prefix = _PREFIXES[count].pack(_MAGIC, frame.kind, count, len(header), total, *map(len, payloads))
-    parts: list[Buffer] = [b"".join((prefix, header, _PADDING[: -start % _ALIGNMENT]))]
-    for payload in payloads:
-        if payload:
+    total = start + (-start & _MASK)
+    for size in sizes:
+        total += size + (-size & _MASK)
+    if total > max_frame_bytes:
+        raise _too_long(total, max_frame_bytes)
+    parts: list[Buffer] = []
+    prefix = _PREFIXES[count].pack(_MAGIC, kind, count, len(header), total, *sizes)
+    joined: list[Buffer] = [prefix, header, _PADDINGS[start & _MASK]]
+    for payload, size in zip(payloads, sizes, strict=True):
+        if size < _JOINED_BYTES:
+            if size:
+                joined.append(payload)
+        else:
+            parts.append(b"".join(joined))
             parts.append(payload)
-            if len(payload) % _ALIGNMENT:
-                parts.append(_PADDING[: -len(payload) % _ALIGNMENT])
+            joined.clear()
+        if size & _MASK:
+            joined.append(_PADDINGS[size & _MASK])
+    if joined:
+        parts.append(b"".join(joined))
     return parts, total
 
 
-def check_payloads(frame: Frame, header_bytes: int, max_frame_bytes: int) -> tuple[list[Buffer], int]:
-    """Return a frame's payloads as plain bytes in place, and how many bytes the whole frame takes."""
-    payloads = [_as_bytes(payload) for payload in frame.payloads]
-    count = len(payloads)
-    if count > MAX_PAYLOADS:
-        raise FrameError(f"a frame of kind {frame.kind} has {count} payloads; at most {MAX_PAYLOADS} are allowed")
-    start = PREFIX_BYTES + 4 * count + header_bytes
-    total = start + -start % _ALIGNMENT
-    for payload in payloads:
-        total += len(payload) + -len(payload) % _ALIGNMENT
-    check_frame_bytes(total, max_frame_bytes)
-    return payloads, total
+Prefix = tuple[int, int, int, int]
+"""Kind, number of payloads, bytes of the header, bytes of the frame."""
 
 
-def check_frame_bytes(num_bytes: int, max_frame_bytes: int) -> None:
-    """Refuse a frame that is longer than a connection allows."""
-    if num_bytes > max_frame_bytes:
-        raise FrameError(
-            f"a frame takes {num_bytes} bytes, more than the {max_frame_bytes} that the connection allows; "
-            "raise wire.max_frame_bytes or send less at once"
-        )
-
-
-def read_frame_bytes(received: memoryview, max_frame_bytes: int) -> int:
-    """Return how many bytes the frame takes whose first ``PREFIX_BYTES`` are given."""
-    magic, _, count, header_bytes, total = _FIXED.unpack_from(received)
+def read_prefix(received: memoryview, start: int, max_frame_bytes: int) -> Prefix:
+    """Read the prefix of the frame that starts there, and refuse what a connection does not allow."""
+    magic, kind, count, header_bytes, total = _FIXED.unpack_from(received, start)
     if magic != _MAGIC:
-        raise FrameError(f"a frame starts with {_MAGIC!r}; found {bytes(magic)!r}")
+        raise FrameError(f"a frame starts with {_MAGIC!r}; found {magic!r}")
     if count > MAX_PAYLOADS:
         raise FrameError(f"a frame claims {count} payloads; at most {MAX_PAYLOADS} are allowed")
     if header_bytes > MAX_HEADER_BYTES:
         raise FrameError(f"a frame claims a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed")
-    check_frame_bytes(total, max_frame_bytes)
+    if total > max_frame_bytes:
+        raise _too_long(total, max_frame_bytes)
     if total < PREFIX_BYTES + 4 * count + header_bytes:
         raise FrameError(f"a frame claims {total} bytes, fewer than its header of {header_bytes} needs")
-    return int(total)
+    return kind, count, header_bytes, total
 
 
-def decode_frame(received: memoryview) -> Frame:
-    """Make a frame of exactly its bytes, whose prefix was checked; payloads are views of them."""
-    _, kind, count, header_bytes, total = _FIXED.unpack_from(received)
+def decode_frame(received: memoryview, prefix: Prefix) -> Frame:
+    """Make a frame of exactly its bytes, whose prefix was read; payloads are views of them."""
+    kind, count, header_bytes, total = prefix
     start = PREFIX_BYTES + 4 * count
     position = start + header_bytes
-    header = decode_header(received[start:position])
-    position += -position % _ALIGNMENT
+    if header_bytes == 1 and received[start] == _EMPTY_HEADER[0]:
+        header = {}
+    else:
+        header = _decode_header(received[start:position])
+    position += -position & _MASK
     payloads = []
-    for length in _LENGTHS[count].unpack_from(received, PREFIX_BYTES):
-        payloads.append(received[position : position + length])
-        position += length + -length % _ALIGNMENT
-    if position != total or len(received) != total:
+    for size in _SIZES[count].unpack_from(received, PREFIX_BYTES):
+        payloads.append(received[position : position + size])
+        position += size + (-size & _MASK)
+    if position != total:
         raise FrameError(f"a frame claims {total} bytes, but its parts take {position}")
     return Frame(kind, header, payloads)
 
@@ -139,20 +136,31 @@ def decode_message(message: bytes, max_frame_bytes: int) -> Frame:
     if len(message) < PREFIX_BYTES:
         raise FrameError(f"a frame takes at least {PREFIX_BYTES} bytes; found {len(message)}")
     received = memoryview(message)
-    if read_frame_bytes(received, max_frame_bytes) != len(message):
-        raise FrameError(f"a frame claims another length than the {len(message)} bytes that came")
-    return decode_frame(received)
+    prefix = read_prefix(received, 0, max_frame_bytes)
+    if prefix[-1] != len(message):
+        raise FrameError(f"a frame claims {prefix[-1]} bytes, but {len(message)} came")
+    return decode_frame(received, prefix)
 
 
-def _as_bytes(payload: Buffer) -> Buffer:
-    if type(payload) is bytes:
-        return payload
-    view = memoryview(payload)
-    if not view.nbytes:  # A view with a zero in its shape cannot be cast.
-        return b""
-    if view.format == "B" and view.ndim == 1 and view.c_contiguous:
-        return view
+def _decode_header(packed: memoryview) -> dict[str, Any]:
     try:
-        return view.cast("B")
-    except TypeError as error:
-        raise FrameError(f"a frame's payload must be contiguous bytes; {error}") from error
+        header = msgpack.unpackb(packed, **_UNPACK_LIMITS)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise FrameError(f"a frame's header is no msgpack within the limits: {error or type(error).__name__}") from None
+    if type(header) is not dict:
+        raise FrameError(f"a frame's header must be a mapping; found {type(header).__name__}")
+    return header
+
+
+def _count_bytes(payload: Buffer) -> int:
+    view = memoryview(payload)
+    if not view.c_contiguous:
+        raise FrameError("a frame's payload must be contiguous bytes; found a view with gaps")
+    return view.nbytes
+
+
+def _too_long(num_bytes: int, max_frame_bytes: int) -> FrameError:
+    return FrameError(
+        f"a frame takes {num_bytes} bytes, more than the {max_frame_bytes} that the connection allows; "
+        "raise wire.max_frame_bytes or send less at once"
+    )

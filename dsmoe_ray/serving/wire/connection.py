@@ -12,9 +12,9 @@ Buffer = bytes | bytearray | memoryview
 """Contiguous bytes; a tensor's own memory is given as ``memoryview`` and not copied by us."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Frame:
-    """One message: a small header, msgpack on the wire, and raw payloads."""
+    """One message: a small header, msgpack on the wire, and raw payloads. Not frozen, which would triple its cost."""
 
     kind: int
     """See ``wire/messages.py``."""

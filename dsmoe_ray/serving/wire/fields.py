@@ -101,4 +101,4 @@ def read_array(
         wanted *= size
     if found != wanted:
         raise FrameError(f"{name} of shape {shape} must take {wanted} bytes; found {found}")
-    return np.frombuffer(payload, dtype).reshape(shape)
+    return np.ndarray(shape, dtype, payload)

@@ -28,7 +28,8 @@ class Kind(IntEnum):
     REJECTED = 20
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+# Calls and results are made for every layer of every step; frozen, each would take some microseconds more.
+@dataclass(kw_only=True, slots=True)
 class ExpertCall:
     """Router to host: what some experts of one layer say to some tokens."""
 
@@ -53,7 +54,7 @@ class ExpertCall:
     """Load what is not held, whatever the plan says: nobody is left who holds it."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class ExpertResult:
     """Host to router: the outputs of a call."""
 

@@ -86,7 +86,7 @@ class UnixConnection:
         with self._send_lock:
             self._check_open()
             try:
-                sent = self._socket.sendmsg(parts)
+                sent = self._socket.send(parts[0]) if len(parts) == 1 else self._socket.sendmsg(parts)
                 while sent < num_bytes:
                     parts, num_bytes = _rest(parts, sent), num_bytes - sent
                     sent = self._socket.sendmsg(parts)
@@ -125,9 +125,12 @@ class UnixConnection:
 
     def _read(self, timeout_s: float | None) -> bool:
         """Receive some bytes; False if none came in time."""
-        flags = socket.MSG_DONTWAIT if timeout_s is not None and timeout_s <= 0 else 0
+        # The rest of a large frame is waited for in the kernel, however many pieces it comes in.
+        flags = socket.MSG_WAITALL if self._received.wants_all else 0
         try:
-            if not flags and timeout_s != self._receive_timeout_s:
+            if timeout_s is not None and timeout_s <= 0:
+                flags = socket.MSG_DONTWAIT
+            elif timeout_s != self._receive_timeout_s:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout_s or 0.0))
                 self._receive_timeout_s = timeout_s
             num_bytes = self._socket.recv_into(self._received.space(), 0, flags)
@@ -226,11 +229,10 @@ def _rest(parts: Sequence[Buffer], sent: int) -> list[Buffer]:
     """Return what is left of buffers when so many of their bytes are gone."""
     rest: list[Buffer] = []
     for part in parts:
-        if sent >= len(part):
-            sent -= len(part)
-        else:
-            rest.append(memoryview(part)[sent:])
-            sent = 0
+        view = memoryview(part).cast("B")
+        if sent < len(view):
+            rest.append(view[sent:])
+        sent = max(0, sent - len(view))
     return rest
 
 
