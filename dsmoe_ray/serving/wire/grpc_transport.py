@@ -177,7 +177,10 @@ def _options(max_frame_bytes: int) -> list[tuple[str, int]]:
         # A peer that answers no ping is gone, whatever TCP says.
         ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
+        ("grpc.http2.ping_timeout_ms", _KEEPALIVE_MS),
         ("grpc.keepalive_permit_without_calls", 1),
+        # The pings of this probe would stand in the way of those above, and add traffic; the window is fixed instead.
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
         ("grpc.http2.max_ping_strikes", 0),

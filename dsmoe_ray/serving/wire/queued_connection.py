@@ -56,7 +56,8 @@ class QueuedConnection:
         try:
             return decode_message(message, self._max_received_bytes)
         except FrameError as error:
-            _logger.warning("%s %s is cut off: %s", self._peer_name, dict(self.peer), error)
+            if self.peer:  # A failed handshake is logged by whoever shakes hands.
+                _logger.warning("%s, %s, is cut off: %s", self._peer_name, self.peer, error)
             self.lose(f"the other end sent what is no frame; {error}")
             raise self._lost() from error
 

@@ -104,7 +104,8 @@ class UnixConnection:
                 try:
                     frame = self._received.take_frame()
                 except FrameError as error:
-                    _logger.warning("%s %s is cut off: %s", self._peer_name, dict(self.peer), error)
+                    if self.peer:  # A failed handshake is logged by whoever shakes hands.
+                        _logger.warning("%s, %s, is cut off: %s", self._peer_name, self.peer, error)
                     raise self._lose(f"it sent what is no frame; {error}") from error
                 if frame is not None:
                     return frame
