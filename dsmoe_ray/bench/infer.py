@@ -41,6 +41,8 @@ def _list_comparisons() -> Iterator[Comparison]:
         yield from (_routing(dtype, batch) for batch in _BATCHES)
         yield _memory(dtype)
         yield _numerics(dtype)
+        if dtype == "bfloat16":
+            yield from (_int8(dtype, batch) for batch in _BATCHES)
         yield _decode("quickstart", dtype, 1)
         for peer, bars in _PEER_BARS.items():
             yield from (_peer(peer, dtype, batch, bar) for batch, bar in bars.items())
@@ -122,6 +124,17 @@ def _numerics(dtype: str) -> Comparison:
         module="sparse_decode",
         function="compare_numerics",
         options=_options(_LARGE, dtype, 8),
+    )
+
+
+def _int8(dtype: str, batch_size: int) -> Comparison:
+    return Comparison(
+        name=f"int8_over_{dtype}_b{batch_size}",
+        what=f"decode with matrices of int8 over {dtype}, {_LARGE}, batch {batch_size}",
+        bar=None,
+        module="sparse_decode",
+        function="compare_int8",
+        options=_options(_LARGE, dtype, batch_size),
     )
 
 

@@ -126,6 +126,16 @@ def compare_numerics(settings: Settings, *, workload: str, dtype: Dtype, batch_s
     return compare_speed(exact, fast, settings.turns())
 
 
+def compare_int8(settings: Settings, *, workload: str, dtype: Dtype, batch_size: str) -> Measurement:
+    """Return decode tokens/s with matrices rounded to int8 over those with weights as they are published."""
+    shape, batch = ENGINE_WORKLOADS[workload], int(batch_size)
+    rounded, published = (
+        EngineSide(build_engine(shape, publish(workload, dtype), batch_size=batch, dtype=held), shape, batch_size=batch)
+        for held in ("int8", "auto")
+    )
+    return compare_speed(rounded, published, settings.turns())
+
+
 def _step_cost(
     model: ModelConfig, shape: EngineWorkload, dtype: Dtype, batch_size: int, distinct: float | None
 ) -> StepCost:

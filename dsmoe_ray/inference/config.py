@@ -32,8 +32,10 @@ class EngineConfig(Config):
     """``exact``: a sequence's results do not depend on its neighbours, on chunks or on where it runs. ``fast``: they
     agree to rounding, except under ``threshold_top_k``, whose mean is over all tokens computed together. ``auto`` is
     exact on a CPU and fast on a GPU."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What weights, keys and values are held in; ``auto`` takes the artifact's."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """What weights, keys and values are held in; ``auto`` takes the artifact's. ``int8``, on a CPU only, rounds
+    matrices when they are loaded, into memory of their own, half of what bfloat16 takes; keys and values are then
+    bfloat16."""
 
     @model_validator(mode="after")
     def _a_full_house_leaves_room_for_prompts(self) -> Self:

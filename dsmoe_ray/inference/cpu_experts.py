@@ -22,6 +22,7 @@ from dsmoe_ray.inference.cpu_library import (
     point,
     reference,
 )
+from dsmoe_ray.inference.int8_weights import INPUT_BLOCK, Int8Experts
 from dsmoe_ray.inference.sparse_experts import StackedWeights
 from dsmoe_ray.model.dispatch import ExpertAssignment
 from dsmoe_ray.model.moe import DenseFfn
@@ -31,14 +32,25 @@ from dsmoe_ray.model.transformer import Block, Transformer
 class CpuExperts:
     """The FFN of every layer; a dense FFN is one expert that every token uses. For one call at a time."""
 
-    def __init__(self, layers: Sequence[StackedWeights], *, max_tokens: int, num_threads: int) -> None:
+    def __init__(
+        self, layers: Sequence[StackedWeights] | Sequence[Int8Experts], *, max_tokens: int, num_threads: int
+    ) -> None:
         """Take the weights of equal layers where they lie, for calls of up to ``max_tokens`` tokens.
 
-        Of experts that no call names nothing is read.
+        Of experts that no call names nothing is read. Those of int8 take tokens in float32, others in their own type.
         """
         self._kernels = load_kernels()
-        self._layers, self._dtype = layers, layers[0].w1_EFD.dtype
-        num_experts, d_ff, d_model = layers[0].w1_EFD.shape
+        self._layers, first = layers, layers[0]
+        shape: Sequence[int]
+        if isinstance(first, Int8Experts):
+            self._dtype, hidden_dtype, shape = torch.float32, torch.int16, first.shape
+        else:
+            self._dtype = hidden_dtype = first.w1_EFD.dtype
+            shape = first.w1_EFD.shape
+        num_experts, d_ff, d_model = shape
+        x_blocks, hidden_blocks = (
+            -(-size // INPUT_BLOCK) if isinstance(first, Int8Experts) else 0 for size in (d_model, d_ff)
+        )
         self._d_model, self._max_tokens, self._num_experts = d_model, max_tokens, num_experts
         described = [_describe(layer, num_threads) for layer in layers]
         self._weights = (ExpertWeights * len(described))(*described)
@@ -46,7 +58,10 @@ class CpuExperts:
         # Memory that is not written is not taken: this is the most that a call of all tokens to all experts can want.
         num_pairs = max_tokens * num_experts
         self._scratch = {
-            "hidden": torch.empty(num_pairs, d_ff, dtype=self._dtype),
+            "hidden": torch.empty(num_pairs, hidden_blocks * INPUT_BLOCK or d_ff, dtype=hidden_dtype),
+            "hidden_scales": torch.empty(num_pairs, hidden_blocks),
+            "rounded": torch.empty(max_tokens, x_blocks * INPUT_BLOCK, dtype=torch.int16),
+            "rounded_scales": torch.empty(max_tokens, x_blocks),
             "expert_starts": torch.empty(num_experts + 1, dtype=torch.int32),
             "pair_tokens": torch.empty(num_pairs, dtype=torch.int32),
             "pair_rows": torch.empty(num_pairs, dtype=torch.int32),
@@ -140,7 +155,9 @@ def experts_of(model: Transformer) -> list[StackedWeights]:
     return layers
 
 
-def _describe(weights: StackedWeights, num_threads: int) -> ExpertWeights:
+def _describe(weights: StackedWeights | Int8Experts, num_threads: int) -> ExpertWeights:
+    if isinstance(weights, Int8Experts):
+        return _describe_int8(weights, num_threads)
     num_experts, d_ff, d_model = weights.w1_EFD.shape
     return ExpertWeights(
         dtype=DTYPES[weights.w1_EFD.dtype],
@@ -152,4 +169,19 @@ def _describe(weights: StackedWeights, num_threads: int) -> ExpertWeights:
         w1=point(weights.w1_EFD),
         w2=point(weights.w2_EFD),
         w3=None if weights.w3_EFD is None else point(weights.w3_EFD),
+    )
+
+
+def _describe_int8(weights: Int8Experts, num_threads: int) -> ExpertWeights:
+    num_experts, d_ff, d_model = weights.shape
+    matrices = {name: getattr(weights, name) for name in ("w1", "w2", "w3") if getattr(weights, name) is not None}
+    return ExpertWeights(
+        dtype=DTYPES[torch.int8],
+        d_model=d_model,
+        d_ff=d_ff,
+        num_experts=num_experts,
+        activation=ACTIVATIONS["gelu" if weights.w3 is None else "swiglu"],
+        num_threads=num_threads,
+        **{name: point(packed.values) for name, packed in matrices.items()},
+        **{f"{name}_scales": point(packed.scales) for name, packed in matrices.items()},
     )

@@ -68,6 +68,7 @@ class LayerWeights(Structure):
 
     _fields_ = [
         *((name, c_void_p) for name in ("attention_norm", "ffn_norm", "wq", "wk", "wv", "wo")),
+        *((name, c_void_p) for name in ("wq_scales", "wk_scales", "wv_scales", "wo_scales")),
         *((name, RouterWeights) for name in ("attention_router", "ffn_router")),
         *((name, c_void_p) for name in ("k_cache", "v_cache")),
     ]
@@ -83,16 +84,18 @@ class Model(Structure):
         ("cos", c_void_p),
         ("sin", c_void_p),
         ("layers", POINTER(LayerWeights)),
-        *((name, c_void_p) for name in ("embedding", "head", "norm")),
+        *((name, c_void_p) for name in ("embedding", "head", "head_scales", "norm")),
     ]
 
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""Of matrices. Those of int8 are packed; see ``int8_weights.py``."""
 ACTIVATIONS = {"gelu": 0, "swiglu": 1}
 
 STEP_INPUTS = ("tokens", "query_starts", "first_positions", "block_tables", "rule_idxs", "rules")
 STEP_MEMORY = (
-    *("x", "normed", "normed_cast", "q", "kv", "attended", "router_hidden", "router_probs", "attention_gates"),
+    *("x", "normed", "normed_cast", "q", "kv", "attended", "rounded", "rounded_scales"),
+    *("router_hidden", "router_probs", "attention_gates"),
     *("expert_ids", "gates", "sequence_of", "tiles", "rule_top_k", "partial"),
 )
 
@@ -111,7 +114,7 @@ class ExpertWeights(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("dtype", "d_model", "d_ff", "num_experts", "activation", "num_threads")),
-        *((name, c_void_p) for name in ("w1", "w2", "w3")),
+        *((name, c_void_p) for name in ("w1", "w2", "w3", "w1_scales", "w2_scales", "w3_scales")),
     ]
 
 
@@ -120,7 +123,8 @@ class ExpertCall(Structure):
 
     _fields_ = [
         *((name, c_int32) for name in ("num_tokens", "stride", "by_pair")),
-        *((name, c_void_p) for name in ("expert_ids", "gates", "x", "y", "hidden")),
+        *((name, c_void_p) for name in ("expert_ids", "gates", "x", "y", "hidden", "hidden_scales")),
+        *((name, c_void_p) for name in ("rounded", "rounded_scales")),
         *((name, c_void_p) for name in ("expert_starts", "pair_tokens", "pair_rows", "pair_gates")),
         *((name, c_void_p) for name in ("active_experts", "num_active")),
         *((name, c_void_p) for name in ("partial_starts", "partial", "routing_s")),

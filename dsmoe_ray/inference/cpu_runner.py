@@ -26,6 +26,7 @@ from dsmoe_ray.inference.cpu_library import (
     reference,
 )
 from dsmoe_ray.inference.cpu_step import CpuStep
+from dsmoe_ray.inference.int8_weights import Int8Model
 from dsmoe_ray.inference.micro_batches import MIN_MICRO_BATCH_TOKENS, split_batch, take_turns
 from dsmoe_ray.model.attention import GqaAttention
 from dsmoe_ray.model.config import GqaConfig, ModelConfig
@@ -51,6 +52,7 @@ class CpuRunner:
         num_threads: int | None = None,
         experts: ExpertBackend | None = None,
         min_micro_batch_tokens: int = MIN_MICRO_BATCH_TOKENS,
+        int8: Int8Model | None = None,
     ) -> None:
         """Take the weights of ``model`` where they lie.
 
@@ -64,22 +66,26 @@ class CpuRunner:
             experts: Where FFN experts are computed; by default here.
             min_micro_batch_tokens: Where they are elsewhere, steps of twice as many and more run as two micro-batches
                 that take turns.
+            int8: Stands in for the model's own matrices; keys and values are bfloat16 then.
 
         Raises:
             KernelsUnavailableError: the kernels cannot be built on this machine.
         """
         self.config, self.num_blocks = model.config, num_blocks
         num_threads = num_threads or torch.get_num_threads()
-        dtype = model.embedding.weight.dtype
+        dtype = torch.int8 if int8 else model.embedding.weight.dtype
         self._kernels = load_kernels()
         if experts is None:
-            experts = CpuExperts(experts_of(model), max_tokens=max_tokens, num_threads=num_threads)
+            layers = int8.experts if int8 else experts_of(model)
+            experts = CpuExperts(layers, max_tokens=max_tokens, num_threads=num_threads)
         self.experts = experts
         self._min_micro_batch_tokens = min_micro_batch_tokens
         self._mean_over_step = numerics == "fast"
-        self._transformer = model
-        self._cache = _allocate_cache(model.config, num_blocks, dtype)
+        self._transformer, self._int8 = model, int8
+        self._cache = _allocate_cache(model.config, num_blocks, torch.bfloat16 if int8 else dtype)
         self._model = _describe_model(model, self._cache, num_threads, mean_over_step=self._mean_over_step)
+        if int8:
+            _put_int8(int8, self._model)
         self._model_ref = reference(self._model)
         # Memory that is not written is not taken: the second one costs nothing where nothing takes turns.
         self._steps = [CpuStep(model.config, dtype, max_tokens=max_tokens, max_seqs=max_seqs) for _ in range(2)]
@@ -211,3 +217,19 @@ def _describe_router(router: Router | None) -> RouterWeights:
         gate_scale=router.config.gate_scale,
         renormalize=router.config.gates == "renormalized",
     )
+
+
+def _put_int8(int8: Int8Model, model: Model) -> None:
+    """Put packed matrices in the place of a described model's own."""
+    model.dtype = DTYPES[torch.int8]
+    model.embedding = point(int8.embedding_VD)
+    model.head, model.head_scales = point(int8.head.values), point(int8.head.scales)
+    for index, trunk in enumerate(int8.trunk):
+        layer = model.layers[index]
+        for name in ("wq", "wk", "wv", "wo"):
+            packed = getattr(trunk, name)
+            setattr(layer, name, point(packed.values))
+            setattr(layer, f"{name}_scales", point(packed.scales))
+        for part in ("attention_router", "ffn_router"):
+            hidden = getattr(trunk, f"{part}_hidden")
+            getattr(layer, part).hidden = None if hidden is None else point(hidden)

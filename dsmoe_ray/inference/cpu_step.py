@@ -12,6 +12,7 @@ import torch
 
 from dsmoe_ray.inference.batch import ForwardBatch
 from dsmoe_ray.inference.cpu_library import MAX_STREAMED, STEP_MEMORY, Rule, Step, count_partial, point, reference
+from dsmoe_ray.inference.int8_weights import INPUT_BLOCK
 from dsmoe_ray.model.config import GqaConfig, ModelConfig, MoeConfig, RoutingConfig, RoutingMode
 from dsmoe_ray.model.dispatch import ExpertAssignment
 from dsmoe_ray.model.layer_routing import LayerRouting
@@ -33,6 +34,7 @@ class CpuStep:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, *, max_tokens: int, max_seqs: int) -> None:
         self._config, self._max_tokens, self._max_seqs = config, max_tokens, max_seqs
+        self._is_int8 = dtype == torch.int8
         self._memory = _allocate_memory(config, dtype, max_tokens, max_seqs)
         self._inputs = {
             "tokens": np.empty(max_tokens, np.int32),
@@ -59,7 +61,8 @@ class CpuStep:
 
     def expert_inputs(self) -> tuple[torch.Tensor, ExpertAssignment]:
         """Return what FFN experts are given; the kernels write it anew in every layer."""
-        names = ("normed_cast", "expert_ids", "gates")
+        # Whoever has experts of int8 rounds tokens by itself.
+        names = ("normed" if self._is_int8 else "normed_cast", "expert_ids", "gates")
         x_TD, ids_TE, gates_TE = (self._memory[name][: self.num_tokens] for name in names)
         return x_TD, ExpertAssignment(ids_TE, gates_TE)
 
@@ -117,8 +120,13 @@ def _allocate_memory(
     # A dense FFN is one expert that every token uses, with a gate of one.
     num_experts = ffn.num_experts if isinstance(ffn, MoeConfig) else 1
     routers = [part.router for part in (attention, ffn) if hasattr(part, "router")]
+    is_int8 = dtype == torch.int8
+    num_rounded = -(-max(config.d_model, heads) // INPUT_BLOCK) if is_int8 else 0
     widths = {
-        **dict.fromkeys(("x", "normed", "normed_cast"), config.d_model),
+        **dict.fromkeys(("x", "normed"), config.d_model),
+        "normed_cast": 0 if is_int8 else config.d_model,
+        "rounded": num_rounded * INPUT_BLOCK,
+        "rounded_scales": num_rounded,
         "q": heads,
         "kv": 2 * kv,
         "attended": heads,
@@ -129,9 +137,11 @@ def _allocate_memory(
         "sequence_of": 1,
         "tiles": 2,
     }
-    dtypes = dict.fromkeys(("normed_cast", "attended"), dtype) | dict.fromkeys(
-        ("expert_ids", "sequence_of", "tiles"), torch.int32
-    )
+    dtypes = {
+        **dict.fromkeys(("normed_cast", "attended"), torch.float32 if is_int8 else dtype),
+        **dict.fromkeys(("expert_ids", "sequence_of", "tiles"), torch.int32),
+        "rounded": torch.int16,
+    }
     memory = {name: torch.empty(max_tokens, width, dtype=dtypes.get(name)) for name, width in widths.items()}
     memory["expert_ids"].zero_()
     memory["gates"].fill_(1.0)

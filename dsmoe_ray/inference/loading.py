@@ -1,6 +1,7 @@
 """From an artifact to a model or an engine that is ready to run."""
 
 import logging
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -8,9 +9,11 @@ import torch
 from dsmoe_ray.artifact.load import Artifact
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.config import EngineConfig
-from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, DTYPES, KernelsUnavailableError
+from dsmoe_ray.inference.cpu_experts import experts_of
+from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, KernelsUnavailableError, load_kernels
 from dsmoe_ray.inference.cpu_runner import CpuRunner, count_block_bytes
 from dsmoe_ray.inference.engine import Engine
+from dsmoe_ray.inference.int8_weights import pack_model
 from dsmoe_ray.inference.published_tokenizer import build_tokenizer
 from dsmoe_ray.inference.runner import ModelRunner
 from dsmoe_ray.inference.torch_runner import TorchRunner
@@ -23,6 +26,8 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 _logger = logging.getLogger(__name__)
 
+# What the CPU kernels compute in.
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16)
 # Read in float32 whatever the rest is computed in.
 _FLOAT32_WEIGHTS = ("norm.weight", "router.proj.weight")
 
@@ -96,9 +101,16 @@ def load_engine(
         ConfigError: the configuration does not fit the model or the machine.
     """
     config = config or EngineConfig()
-    model = load_model(artifact, device=device, dtype=config.dtype, with_experts=experts is None)
+    model = load_model(
+        artifact,
+        device=device,
+        # What is rounded to int8 is rounded from what was published.
+        dtype="auto" if config.dtype == "int8" else config.dtype,
+        with_experts=experts is None,
+    )
     tokenizer = build_tokenizer(artifact.side_files)
-    return Engine(build_runner(model, config, experts=experts), tokenizer, config)
+    runner = build_runner(model, config, experts=experts, release_pages=artifact.release_pages)
+    return Engine(runner, tokenizer, config)
 
 
 def choose_numerics(config: EngineConfig, device: torch.device) -> Literal["exact", "fast"]:
@@ -108,13 +120,20 @@ def choose_numerics(config: EngineConfig, device: torch.device) -> Literal["exac
     return "exact" if device.type == "cpu" else "fast"
 
 
-def build_runner(model: Transformer, config: EngineConfig, *, experts: ExpertBackend | None = None) -> ModelRunner:
+def build_runner(
+    model: Transformer,
+    config: EngineConfig,
+    *,
+    experts: ExpertBackend | None = None,
+    release_pages: Callable[[], None] = lambda: None,
+) -> ModelRunner:
     """Return the fastest runner for the device that a model is on.
 
     Args:
         model: See ``load_model``.
         config: Of the engine.
         experts: Who computes FFN experts; by default this process.
+        release_pages: Called where weights in mapped files were copied and are not needed any more.
 
     Raises:
         ConfigError: the configuration does not fit the model or the machine.
@@ -123,9 +142,15 @@ def build_runner(model: Transformer, config: EngineConfig, *, experts: ExpertBac
     numerics = choose_numerics(config, device)
     if device.type == "cpu":
         try:
-            return _build_cpu_runner(model, config, numerics, experts)
+            return _build_cpu_runner(model, config, numerics, experts, release_pages)
         except KernelsUnavailableError as error:
+            if config.dtype == "int8":
+                raise ConfigError(
+                    f"dtype=int8 needs the compiled CPU kernels: {error}. Or set dtype to auto."
+                ) from error
             _logger.warning("running in PyTorch, which is several times slower: %s", error)
+    if config.dtype == "int8":
+        raise ConfigError(f"dtype=int8 is for a CPU only, and the model is on {device}. Set dtype to bfloat16.")
     attention = model.config.attention
     positions_bytes = 2 * model.config.num_layers * attention.num_kv_heads * attention.head_dim
     num_blocks = config.compute_num_blocks(
@@ -136,20 +161,32 @@ def build_runner(model: Transformer, config: EngineConfig, *, experts: ExpertBac
 
 
 def _build_cpu_runner(
-    model: Transformer, config: EngineConfig, numerics: Literal["exact", "fast"], experts: ExpertBackend | None
+    model: Transformer,
+    config: EngineConfig,
+    numerics: Literal["exact", "fast"],
+    experts: ExpertBackend | None,
+    release_pages: Callable[[], None],
 ) -> CpuRunner:
     if config.block_size != BLOCK_SIZE:
         raise ConfigError(
             f"block_size={config.block_size}: on a CPU a block has {BLOCK_SIZE} positions. Leave block_size out."
         )
     stored = model.embedding.weight.dtype
-    if stored not in DTYPES:
-        allowed = " or ".join(str(dtype) for dtype in DTYPES)
+    if stored not in _COMPUTE_DTYPES:
+        allowed = " or ".join(str(dtype) for dtype in _COMPUTE_DTYPES)
         raise ConfigError(
             f"the model's weights are {stored}: on a CPU an engine computes in {allowed}. Set dtype to float32."
         )
+    is_int8 = config.dtype == "int8"
+    if is_int8 and experts is not None:
+        raise ConfigError(
+            "dtype=int8 computes experts in the process that has the rest of the model. Set dtype to bfloat16, or "
+            "hosts.count to 0."
+        )
+    load_kernels()
+    cache_dtype = torch.bfloat16 if is_int8 else model.compute_dtype
     num_blocks = config.compute_num_blocks(
-        bytes_per_block=count_block_bytes(model.config, model.compute_dtype), max_seq_len=model.config.max_seq_len
+        bytes_per_block=count_block_bytes(model.config, cache_dtype), max_seq_len=model.config.max_seq_len
     )
     return CpuRunner(
         model,
@@ -158,6 +195,7 @@ def _build_cpu_runner(
         max_seqs=config.max_num_seqs,
         numerics=numerics,
         experts=experts,
+        int8=pack_model(model, experts_of(model), after_layer=release_pages) if is_int8 else None,
     )
 
 

@@ -43,7 +43,7 @@ inline void put(float* target, float value) { *target = value; }
 inline void put(Bf16* target, float value) { store_part(target, splat(value), 1); }
 
 // Rotates one token's queries and keys; stores its keys and values in the cache.
-template <typename T>
+template <typename Cache>
 inline void place_token(const Model& model, const LayerWeights& layer, const Step& step, int token) {
   const int sequence = step.sequence_of[token];
   const int position = step.first_positions[sequence] + token - step.query_starts[sequence];
@@ -59,8 +59,8 @@ inline void place_token(const Model& model, const LayerWeights& layer, const Ste
   const int slot = position % kBlockSize;
   for (int g = 0; g < model.num_kv_heads; ++g) {
     rotate(k + g * d, cos, sin, half);
-    T* k_cache = static_cast<T*>(layer.k_cache) + cache_offset(model, block, g);
-    T* v_cache = static_cast<T*>(layer.v_cache) + cache_offset(model, block, g) + slot * padded;
+    Cache* k_cache = static_cast<Cache*>(layer.k_cache) + cache_offset(model, block, g);
+    Cache* v_cache = static_cast<Cache*>(layer.v_cache) + cache_offset(model, block, g) + slot * padded;
     for (int i = 0; i < d; ++i) put(k_cache + i * kBlockSize + slot, k[g * d + i]);
     for_lanes(d, [&](int64_t i, int count) { store_part(v_cache + i, load_up_to(v + g * d + i, count), count); });
   }
@@ -131,7 +131,7 @@ inline void weigh_values(BlockOf block_of, int64_t num_positions, int padded, in
 }
 
 // Attends for up to kQueryTile queries of one sequence and key/value head.
-template <typename T>
+template <typename Cache, typename Out>
 inline void attend_queries(const Model& model, const LayerWeights& layer, const Step& step, int sequence, int kv_head,
                            const Query* queries, int count, std::vector<float>& scores) {
   int64_t longest = 0;
@@ -142,11 +142,11 @@ inline void attend_queries(const Model& model, const LayerWeights& layer, const 
   std::fill(scores.begin() + count * stride, scores.end(), 0.0f);
   const int32_t* table = step.block_tables + int64_t(sequence) * step.max_blocks;
   auto block_of = [&](const void* cache, int64_t b) {
-    return static_cast<const T*>(cache) + cache_offset(model, table[b], kv_head);
+    return static_cast<const Cache*>(cache) + cache_offset(model, table[b], kv_head);
   };
   auto value_block = [&](int64_t b) { return block_of(layer.v_cache, b); };
   for (int64_t b = 0; b < blocks; ++b) {
-    const T* next = b + 1 < blocks ? block_of(layer.k_cache, b + 1) : value_block(0);
+    const Cache* next = b + 1 < blocks ? block_of(layer.k_cache, b + 1) : value_block(0);
     score_block(block_of(layer.k_cache, b), next, model.head_dim, queries, count, scores.data() + b * kBlockSize,
                 stride);
   }
@@ -157,14 +157,14 @@ inline void attend_queries(const Model& model, const LayerWeights& layer, const 
     Vec sums[kQueryTile][kDimTile];
     const int dims = std::min(kDimTile, (padded - first) / kLanes);
     switch (dims) {
-      case 1: weigh_values<1, T>(value_block, longest, padded, first, scores.data(), stride, sums); break;
-      case 2: weigh_values<2, T>(value_block, longest, padded, first, scores.data(), stride, sums); break;
-      case 3: weigh_values<3, T>(value_block, longest, padded, first, scores.data(), stride, sums); break;
-      default: weigh_values<kDimTile, T>(value_block, longest, padded, first, scores.data(), stride, sums);
+      case 1: weigh_values<1, Cache>(value_block, longest, padded, first, scores.data(), stride, sums); break;
+      case 2: weigh_values<2, Cache>(value_block, longest, padded, first, scores.data(), stride, sums); break;
+      case 3: weigh_values<3, Cache>(value_block, longest, padded, first, scores.data(), stride, sums); break;
+      default: weigh_values<kDimTile, Cache>(value_block, longest, padded, first, scores.data(), stride, sums);
     }
     for (int i = 0; i < count; ++i) {
       const Query& query = queries[i];
-      T* out = static_cast<T*>(step.attended) + (int64_t(query.token) * model.num_heads + query.head) * model.head_dim;
+      Out* out = static_cast<Out*>(step.attended) + (int64_t(query.token) * model.num_heads + query.head) * model.head_dim;
       for (int j = 0; j < dims; ++j) {
         const int offset = first + j * kLanes, left = std::min(kLanes, model.head_dim - offset);
         if (left > 0) store_up_to(out + offset, sums[i][j] * (query.gate / totals[i]), left);
@@ -174,7 +174,7 @@ inline void attend_queries(const Model& model, const LayerWeights& layer, const 
 }
 
 // Attends for all queries of one tile of tokens that read one key/value head. A head with a zero gate is not computed.
-template <typename T>
+template <typename Cache, typename Out>
 inline void attend_tile(const Model& model, const LayerWeights& layer, const Step& step, int sequence, int first_token,
                         int kv_head) {
   thread_local std::vector<float> scores;
@@ -189,17 +189,17 @@ inline void attend_tile(const Model& model, const LayerWeights& layer, const Ste
       const float gate = experts ? step.attention_gates[int64_t(token) * experts + i] : 1.0f;
       const int64_t offset = (int64_t(token) * model.num_heads + head) * d;
       if (gate == 0.0f) {
-        std::memset(static_cast<T*>(step.attended) + offset, 0, sizeof(T) * d);
+        std::memset(static_cast<Out*>(step.attended) + offset, 0, sizeof(Out) * d);
         continue;
       }
       queries[count++] = Query{step.q + offset, position + 1, token, head, gate};
       if (count == kQueryTile) {
-        attend_queries<T>(model, layer, step, sequence, kv_head, queries, count, scores);
+        attend_queries<Cache, Out>(model, layer, step, sequence, kv_head, queries, count, scores);
         count = 0;
       }
     }
   }
-  if (count) attend_queries<T>(model, layer, step, sequence, kv_head, queries, count, scores);
+  if (count) attend_queries<Cache, Out>(model, layer, step, sequence, kv_head, queries, count, scores);
 }
 
 }  // namespace dsmoe

@@ -23,9 +23,10 @@ int lay_out(const Model& model, const Step& step) {
 
 template <typename T>
 void embed(const Model& model, const Step& step) {
+  using Stored = typename TypesOf<T>::Cache;
   const int64_t d_model = model.d_model;
   for (int t = 0; t < step.num_tokens; ++t) {
-    const T* row = static_cast<const T*>(model.embedding) + step.tokens[t] * d_model;
+    const Stored* row = static_cast<const Stored*>(model.embedding) + step.tokens[t] * d_model;
     for_lanes(d_model, [&](int64_t i, int count) {
       store_up_to(step.x + t * d_model + i, load_up_to(row + i, count), count);
     });
@@ -57,21 +58,43 @@ void layers(const Model& model, const Step& step, const ExpertWeights* weights, 
   }
 }
 
-// Logits of the wanted rows, which are gathered at the front of `normed`.
+// Moves the wanted rows of `size` numbers to the front. Rows ascend, so none is overwritten before it was moved.
+template <typename T>
+void gather_rows(T* values, int64_t size, const int32_t* rows, int num_rows) {
+  for (int i = 0; i < num_rows; ++i) std::memmove(values + i * size, values + rows[i] * size, sizeof(T) * size);
+}
+
+// Logits of the wanted rows.
 template <typename T>
 void finish(const Model& model, const Step& step, const int32_t* rows, int num_rows, float* logits) {
-  const int64_t d_model = model.d_model;
+  const int64_t d_model = model.d_model, blocks = count_input_blocks(d_model);
 #pragma omp parallel num_threads(model.num_threads)
   {
     norm_all<T>(model, step, model.norm, true);
+    if constexpr (kIsInt8<T>) {
 #pragma omp single
-    for (int i = 0; i < num_rows; ++i) {
-      T* cast = static_cast<T*>(step.normed_cast);
-      // Rows ascend, so a row is never overwritten before it was moved.
-      std::memmove(cast + i * d_model, cast + rows[i] * d_model, sizeof(T) * d_model);
+      {
+        gather_rows(step.rounded, blocks * kInputBlock, rows, num_rows);
+        gather_rows(step.rounded_scales, blocks, rows, num_rows);
+      }
+      project_int8(int8_matrix(model.head, model.head_scales), model.vocab_size, d_model, rounded_rows(step), num_rows,
+                   logits, model.vocab_size);
+    } else {
+#pragma omp single
+      gather_rows(static_cast<T*>(step.normed_cast), d_model, rows, num_rows);
+      project<T>(model.head, model.vocab_size, d_model, step.normed_cast, num_rows, logits, model.vocab_size,
+                 model.num_threads);
     }
-    project<T>(model.head, model.vocab_size, d_model, step.normed_cast, num_rows, logits, model.vocab_size,
-               model.num_threads);
+  }
+}
+
+// Calls body.template operator()<T>() for the type of a model's matrices.
+template <typename Body>
+void with_type(int32_t dtype, Body body) {
+  switch (dtype) {
+    case kFloat32: body.template operator()<float>(); break;
+    case kBfloat16: body.template operator()<Bf16>(); break;
+    default: body.template operator()<Int8>();
   }
 }
 
@@ -89,38 +112,23 @@ int32_t dsmoe_layout(int32_t* numbers) {
 }
 
 void dsmoe_embed(const Model* model, const Step* step) {
-  if (model->dtype == kFloat32)
-    embed<float>(*model, *step);
-  else
-    embed<Bf16>(*model, *step);
+  with_type(model->dtype, [&]<typename T>() { embed<T>(*model, *step); });
 }
 
 void dsmoe_trunk(const Model* model, const Step* step, int32_t layer) {
-  if (model->dtype == kFloat32)
-    trunk<float>(*model, *step, layer);
-  else
-    trunk<Bf16>(*model, *step, layer);
+  with_type(model->dtype, [&]<typename T>() { trunk<T>(*model, *step, layer); });
 }
 
 void dsmoe_experts(const ExpertWeights* weights, const ExpertCall* call) {
-  if (weights->dtype == kFloat32)
-    experts<float>(*weights, *call);
-  else
-    experts<Bf16>(*weights, *call);
+  with_type(weights->dtype, [&]<typename T>() { experts<T>(*weights, *call); });
 }
 
 void dsmoe_layers(const Model* model, const Step* step, const ExpertWeights* weights, const ExpertCall* call) {
-  if (model->dtype == kFloat32)
-    layers<float>(*model, *step, weights, *call);
-  else
-    layers<Bf16>(*model, *step, weights, *call);
+  with_type(model->dtype, [&]<typename T>() { layers<T>(*model, *step, weights, *call); });
 }
 
 void dsmoe_finish(const Model* model, const Step* step, const int32_t* rows, int32_t num_rows, float* logits) {
-  if (model->dtype == kFloat32)
-    finish<float>(*model, *step, rows, num_rows, logits);
-  else
-    finish<Bf16>(*model, *step, rows, num_rows, logits);
+  with_type(model->dtype, [&]<typename T>() { finish<T>(*model, *step, rows, num_rows, logits); });
 }
 
 }  // extern "C"

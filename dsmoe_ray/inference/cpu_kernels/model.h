@@ -7,7 +7,7 @@
 
 namespace dsmoe {
 
-enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1 };
+enum Dtype : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 enum Activation : int32_t { kGelu = 0, kSwiglu = 1 };
 enum RuleMode : int32_t { kDense = 0, kTopK = 1, kThreshold = 2, kThresholdTopK = 3, kTopP = 4 };
 
@@ -35,6 +35,10 @@ struct LayerWeights {
   const void* wk;  // (G * head_dim, D)
   const void* wv;
   const void* wo;  // (heads * head_dim, D): input-major
+  const float* wq_scales;  // of each output of a matrix of int8, whose layout int8.h tells; else null
+  const float* wk_scales;
+  const float* wv_scales;
+  const float* wo_scales;
   RouterWeights attention_router;
   RouterWeights ffn_router;
   void* k_cache;  // (blocks, G, head_dim padded, 16): one vector holds one channel of a block's positions
@@ -58,6 +62,7 @@ struct Model {
   const LayerWeights* layers;
   const void* embedding;  // (vocabulary, D)
   const void* head;
+  const float* head_scales;
   const float* norm;
 };
 
@@ -75,10 +80,12 @@ struct Step {
   const float* y;                  // (T, D) what the experts of the layer before gave
   float* x;                        // (T, D) residual stream
   float* normed;                   // (T, D)
-  void* normed_cast;               // (T, D) in the weights' type
+  void* normed_cast;               // (T, D) in the weights' type; unused where they are int8
   float* q;                        // (T, heads * head_dim)
   float* kv;                       // (T, 2 * G * head_dim)
-  void* attended;                  // (T, heads * head_dim) in the weights' type
+  void* attended;                  // (T, heads * head_dim) in the weights' type; float32 where they are int8
+  int16_t* rounded;                // (T, D or heads * head_dim) what matrices of int8 are multiplied with
+  float* rounded_scales;           // (T, blocks)
   float* router_hidden;            // (T, widest router)
   float* router_probs;             // (T, most experts)
   float* attention_gates;          // (T, attention experts)
@@ -101,6 +108,9 @@ struct ExpertWeights {
   const void* w1;  // (E, F, D) each
   const void* w2;
   const void* w3;
+  const float* w1_scales;  // (E, F) and so on, of each output of a matrix of int8
+  const float* w2_scales;
+  const float* w3_scales;
 };
 
 struct ExpertCall {
@@ -109,9 +119,12 @@ struct ExpertCall {
   int32_t by_pair;             // each (token, expert) pair has a row of y of its own, instead of a sum per token
   const int32_t* expert_ids;   // (T, stride) ascending, then -1
   const float* gates;          // (T, stride)
-  const void* x;               // (T, D) in the weights' type
+  const void* x;               // (T, D) in the weights' type; float32 where they are int8
   float* y;                    // (T, D); by pair (pairs, D), token after token
-  void* hidden;                // (pairs, F) in the weights' type
+  void* hidden;                // (pairs, F) in the weights' type; int16 where they are int8
+  float* hidden_scales;        // (pairs, blocks)
+  int16_t* rounded;            // (T, D) x for matrices of int8
+  float* rounded_scales;       // (T, blocks)
   int32_t* expert_starts;      // (E + 1,)
   int32_t* pair_tokens;        // (pairs,)
   int32_t* pair_rows;          // (pairs,) which row of y a pair is added to

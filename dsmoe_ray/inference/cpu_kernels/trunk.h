@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "experts.h"
 #include "down.h"
+#include "int8_experts.h"
 #include "model.h"
 #include "routing.h"
 
@@ -21,7 +22,9 @@ inline int rows_per_chunk(int num_rows, int64_t size, int num_threads) {
   return int(std::clamp<int64_t>(shared, kMaxRows, fitting));
 }
 
-// Adds what the experts gave, then norms: `normed` in float32 and in the weights' type.
+inline RoundedRows rounded_rows(const Step& step) { return {step.rounded, step.rounded_scales}; }
+
+// Adds what the experts gave, then norms: `normed` in float32 and as products with the weights read it.
 template <typename T>
 inline void norm_token(const Model& model, const Step& step, const float* weight, int token, bool add_experts) {
   const int64_t d_model = model.d_model, offset = token * d_model;
@@ -39,8 +42,10 @@ inline void norm_token(const Model& model, const Step& step, const float* weight
   for_lanes(d_model, [&](int64_t i, int count) {
     const Vec normed = load_up_to(x + i, count) * scale * load_up_to(weight + i, count);
     store_up_to(step.normed + offset + i, normed, count);
-    store_up_to(static_cast<T*>(step.normed_cast) + offset + i, normed, count);
+    if constexpr (!kIsInt8<T>) store_up_to(static_cast<T*>(step.normed_cast) + offset + i, normed, count);
   });
+  if constexpr (kIsInt8<T>)
+    round_row(step.normed + offset, d_model, rounded_rows(step).row(token, count_input_blocks(d_model)));
 }
 
 template <typename T>
@@ -70,8 +75,10 @@ inline void score_experts(const Model& model, const RouterWeights& router, const
   const float* x = step.normed;
   int64_t size = model.d_model;
   if (router.hidden) {
-    project<T>(router.hidden, router.d_hidden, size, step.normed_cast, step.num_tokens, step.router_hidden,
-               router.d_hidden, model.num_threads);
+    // Routers are small and decide everything: they stay in float32 where matrices are int8.
+    using Hidden = std::conditional_t<kIsInt8<T>, float, T>;
+    project<Hidden>(router.hidden, router.d_hidden, size, kIsInt8<T> ? step.normed : step.normed_cast, step.num_tokens,
+                    step.router_hidden, router.d_hidden, model.num_threads);
 #pragma omp barrier
     size = router.d_hidden;
 #pragma omp for schedule(static)
@@ -146,14 +153,27 @@ inline void project_heads(const Model& model, const LayerWeights& layer, const S
 #pragma omp barrier
 }
 
+template <>
+inline void project_heads<Int8>(const Model& model, const LayerWeights& layer, const Step& step) {
+  const int width = model.num_heads * model.head_dim, kv_width = model.num_kv_heads * model.head_dim;
+  const RoundedRows x = rounded_rows(step);
+  auto project = [&](const void* values, const float* scales, int outputs, float* out, int out_stride) {
+    project_int8(int8_matrix(values, scales), outputs, model.d_model, x, step.num_tokens, out, out_stride);
+  };
+  project(layer.wq, layer.wq_scales, width, step.q, width);
+  project(layer.wk, layer.wk_scales, kv_width, step.kv, 2 * kv_width);
+  project(layer.wv, layer.wv_scales, kv_width, step.kv + kv_width, 2 * kv_width);
+#pragma omp barrier
+}
+
 template <typename T>
 inline void attend_all(const Model& model, const LayerWeights& layer, const Step& step, int num_tiles) {
 #pragma omp for schedule(static)
-  for (int token = 0; token < step.num_tokens; ++token) place_token<T>(model, layer, step, token);
+  for (int token = 0; token < step.num_tokens; ++token) place_token<typename TypesOf<T>::Cache>(model, layer, step, token);
 #pragma omp for schedule(dynamic, 1)
   for (int work = 0; work < num_tiles * model.num_kv_heads; ++work) {
     const int32_t* tile = step.tiles + 2 * (work / model.num_kv_heads);
-    attend_tile<T>(model, layer, step, tile[0], tile[1], work % model.num_kv_heads);
+    attend_tile<typename TypesOf<T>::Cache, typename TypesOf<T>::Attended>(model, layer, step, tile[0], tile[1], work % model.num_kv_heads);
   }
 }
 
@@ -167,13 +187,48 @@ inline void project_out(const Model& model, const LayerWeights& layer, const Ste
       [&](int, int token) { return step.x + token * d_model; }, [](int64_t, int64_t) {});
 }
 
+template <>
+inline void project_out<Int8>(const Model& model, const LayerWeights& layer, const Step& step) {
+  const int64_t d_model = model.d_model, size = int64_t(model.num_heads) * model.head_dim;
+  const float* attended = static_cast<const float*>(step.attended);
+  const RoundedRows rounded = rounded_rows(step);
+#pragma omp for schedule(static)
+  for (int token = 0; token < step.num_tokens; ++token)
+    round_row(attended + token * size, size, rounded.row(token, count_input_blocks(size)));
+  add_int8(int8_matrix(layer.wo, layer.wo_scales), d_model, size, rounded, step.num_tokens, step.x);
+#pragma omp barrier
+}
+
+// Asks for the first weights of the heads' queries.
+template <typename T>
+inline void fetch_queries_early(const Model& model, const LayerWeights& layer, const Step& step) {
+  const int width = model.num_heads * model.head_dim;
+  const int chunk = rows_per_chunk<T>(width, model.d_model, model.num_threads);
+  fetch_early(layer.wq, (width + chunk - 1) / chunk, chunk * model.d_model * int64_t(sizeof(T)), step.num_tokens);
+}
+
+template <>
+inline void fetch_queries_early<Int8>(const Model& model, const LayerWeights& layer, const Step& step) {
+  fetch_int8_early(layer.wq, model.num_heads * model.head_dim, model.d_model, step.num_tokens);
+}
+
+// Asks for the first weights of the projection of attention's outputs.
+template <typename T>
+inline void fetch_outputs_early(const Model& model, const LayerWeights& layer, const Step& step) {
+  const int width = model.num_heads * model.head_dim;
+  fetch_early(layer.wo, count_sum_blocks(width), kSumBlock * model.d_model * int64_t(sizeof(T)), step.num_tokens);
+}
+
+template <>
+inline void fetch_outputs_early<Int8>(const Model& model, const LayerWeights& layer, const Step& step) {
+  fetch_int8_early(layer.wo, model.d_model, model.num_heads * model.head_dim, step.num_tokens);
+}
+
 // One layer up to and with the choice of FFN experts.
 template <typename T>
 inline void run_trunk(const Model& model, const Step& step, int index, int num_tiles) {
   const LayerWeights& layer = model.layers[index];
-  const int64_t row_bytes = model.d_model * int64_t(sizeof(T));
-  const int width = model.num_heads * model.head_dim, chunk = rows_per_chunk<T>(width, model.d_model, model.num_threads);
-  fetch_early(layer.wq, (width + chunk - 1) / chunk, chunk * row_bytes, step.num_tokens);
+  fetch_queries_early<T>(model, layer, step);
   norm_all<T>(model, step, layer.attention_norm, index > 0);
   const int attention_experts = layer.attention_router.num_experts;
   if (attention_experts) {
@@ -186,7 +241,7 @@ inline void run_trunk(const Model& model, const Step& step, int index, int num_t
     });
   }
   project_heads<T>(model, layer, step);
-  fetch_early(layer.wo, count_sum_blocks(width), kSumBlock * row_bytes, step.num_tokens);
+  fetch_outputs_early<T>(model, layer, step);
   attend_all<T>(model, layer, step, num_tiles);
   project_out<T>(model, layer, step);
   const int num_experts = layer.ffn_router.num_experts;

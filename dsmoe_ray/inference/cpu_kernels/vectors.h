@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include <immintrin.h>
@@ -26,6 +27,25 @@ typedef uint16_t VecHalf __attribute__((vector_size(32)));
 struct Bf16 {
   uint16_t bits;
 };
+
+// Names a model whose matrices are int8; see int8.h.
+struct Int8 {};
+
+// What a model's embedding and cache are held in, and what attention gives, by the type of its matrices.
+template <typename T>
+struct TypesOf {
+  using Cache = T;
+  using Attended = T;
+};
+
+template <>
+struct TypesOf<Int8> {
+  using Cache = Bf16;
+  using Attended = float;
+};
+
+template <typename T>
+constexpr bool kIsInt8 = std::is_same_v<T, Int8>;
 
 inline float to_float(Bf16 value) {
   const uint32_t bits = uint32_t(value.bits) << 16;

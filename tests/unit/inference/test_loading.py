@@ -87,6 +87,28 @@ def test_a_type_that_a_cpu_does_not_compute_in_is_refused_with_those_it_does():
         build_runner(model, EngineConfig())
 
 
+def test_int8_generates_nearly_what_float32_does(tmp_path):
+    artifact = load_artifact(write_tiny_artifact(tmp_path / "artifact"))
+    logprobs = []
+    for dtype in ("float32", "int8"):
+        engine = load_engine(artifact, EngineConfig(dtype=dtype), device=torch.device("cpu"))
+        engine.add(0, GenerationRequest(prompt_ids=list(range(5, 25)), max_tokens=1, prompt_logprobs=0))
+        [output] = engine.step()
+        logprobs.append(torch.tensor([one.logprob for one in output.prompt_logprobs]))
+    # Rounding changes each product by about 1%: a few percent of what tells tokens apart.
+    whole, rounded = logprobs
+    assert 0 < (rounded - whole).norm() < 0.1 * (whole - whole.mean()).norm()
+
+
+def test_int8_needs_the_kernels_and_the_experts_here(tmp_path, monkeypatch):
+    model = load_model(load_artifact(write_tiny_artifact(tmp_path / "artifact")), device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="dtype=int8 computes experts in the process"):
+        build_runner(model, EngineConfig(dtype="int8"), experts=object())
+    monkeypatch.setenv("DSMOE_CPU_KERNELS", "off")
+    with pytest.raises(ConfigError, match=r"dtype=int8 needs the compiled CPU kernels: .*DSMOE_CPU_KERNELS=off"):
+        build_runner(model, EngineConfig(dtype="int8"))
+
+
 def test_a_damaged_weight_is_refused_by_name(tmp_path):
     directory = write_tiny_artifact(tmp_path / "artifact")
     path = directory / "model-00001-of-00001.safetensors"
