@@ -8,7 +8,6 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from dsmoe_ray.clock import monotonic_s
@@ -23,23 +22,10 @@ STATUS_INTERVAL_S = 0.5
 """The longest silence of a router that lives."""
 _MAX_FRAME_OUTPUTS = 256
 """Keeps a frame's header far below its limit, whatever the outputs hold."""
-_MAX_FRAME_CHARS = 1 << 16
+_MAX_FRAME_SIZE = 1 << 16
+"""Of characters and prompts' log probabilities in a frame, unless a single output has more."""
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False, slots=True)
-class TakenRequest:
-    """A request that a gateway has sent and that has not ended. The engine knows it by itself, not by its name."""
-
-    gateway: "GatewayLink"
-    wire_id: str
-    deadline_s: float
-    num_unfinished: int
-    num_outstanding_tokens: int
-
-    def __repr__(self) -> str:
-        return f"{self.wire_id} of {self.gateway.name}"
 
 
 Told = tuple[str, SequenceOutput]
@@ -60,8 +46,6 @@ class GatewayLink:
             max_buffered_outputs: More that are not written yet mean that the gateway does not read.
         """
         self.name = describe_peer(connection.peer)
-        self.requests: dict[str, TakenRequest] = {}
-        """Of the engine's thread."""
         self._connection, self._read_status = connection, read_status
         self._max_buffered_outputs = max_buffered_outputs
         self._outbox: queue.SimpleQueue[list[Told] | RejectedMessage | None] = queue.SimpleQueue()
@@ -145,14 +129,19 @@ class GatewayLink:
 def cut(told: list[Told]) -> list[list[Told]]:
     """Return outputs in pieces that fit into a frame each, in order."""
     pieces: list[list[Told]] = []
-    num_chars = 0
+    size = 0
     for one in told:
-        num_chars += len(one[1].text)
-        if not pieces or len(pieces[-1]) == _MAX_FRAME_OUTPUTS or num_chars > _MAX_FRAME_CHARS:
+        size += _size_of(one[1])
+        if not pieces or len(pieces[-1]) == _MAX_FRAME_OUTPUTS or size > _MAX_FRAME_SIZE:
             pieces.append([])
-            num_chars = len(one[1].text)
+            size = _size_of(one[1])
         pieces[-1].append(one)
     return pieces
+
+
+def _size_of(output: SequenceOutput) -> int:
+    scores = output.prompt_logprobs
+    return len(output.text) + (len(scores) * (1 + len(scores[0].top_logprobs)) if scores else 0)
 
 
 def describe_peer(peer: Mapping[str, Any]) -> str:

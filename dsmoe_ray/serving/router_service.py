@@ -5,13 +5,10 @@ step, tell the gateways. Threads of the connections only read frames and put cal
 ``GatewayLink`` only write. So the engine has one thread, which waits for nobody while there is work; when there is none
 it sleeps until something comes.
 
-A step that fails counts for nothing and is tried again. While an expert is unavailable that goes on until the requests'
-deadlines; for any other reason the requests that came last are given up one by one, until the step succeeds.
+A step that fails counts for nothing and is tried again; see ``step_retry.py`` for what becomes of the requests.
 """
 
 import dataclasses
-import heapq
-import itertools
 import logging
 import queue
 import threading
@@ -21,12 +18,15 @@ from functools import partial
 from typing import Protocol
 
 from dsmoe_ray.clock import monotonic_s
-from dsmoe_ray.errors import EngineFullError, ExpertUnavailableError, RequestError
+from dsmoe_ray.errors import EngineFullError, RequestError
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.outputs import SequenceOutput
+from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.serving.control import RouterInfo, RouterOrders, RouterReport
-from dsmoe_ray.serving.gateway_link import GatewayLink, TakenRequest, Told
+from dsmoe_ray.serving.gateway_link import GatewayLink, Told
 from dsmoe_ray.serving.plan import PlacementPlan
+from dsmoe_ray.serving.step_retry import StepRetry, is_nobodys_fault
+from dsmoe_ray.serving.taken_requests import TakenRequest, TakenRequests
 from dsmoe_ray.serving.wire.connection import Connection, Frame, Listener
 from dsmoe_ray.serving.wire.generation_codec import from_frame, request_id_of
 from dsmoe_ray.serving.wire.messages import (
@@ -37,6 +37,7 @@ from dsmoe_ray.serving.wire.messages import (
     RouterStatusMessage,
 )
 
+_MAX_PROMPT_SCORES = 1 << 22
 _FLUSH_S = 1.0
 """How long a gateway may take to read the last outputs of a router that closes."""
 
@@ -66,10 +67,6 @@ class RouterLimits:
     """Outputs that a gateway may leave unread."""
     max_request_s: float = 600.0
     """Deadline of requests that have none."""
-    num_step_tries: int = 3
-    """Times that a step may fail, unless for want of an expert, before requests are given up."""
-    min_backoff_s: float = 0.01
-    max_backoff_s: float = 0.5
 
 
 class RouterService:
@@ -100,19 +97,13 @@ class RouterService:
         self._listeners: list[Listener] = []
         self._lock = threading.Lock()
         """Of gateways and listeners."""
-        self._requests: set[TakenRequest] = set()
-        self._deadlines: list[tuple[float, int, TakenRequest]] = []
-        self._numbers = itertools.count()
+        self._requests = TakenRequests()
+        self._retry: StepRetry[TakenRequest] = StepRetry(self._requests.__contains__)
+        self._retry_s = 0.0
+        """When a step that failed is tried again."""
         self._is_leaving = self._is_closed = False
         self._is_idle = threading.Event()
         self._is_idle.set()
-        self._num_outstanding_tokens = 0
-        self._num_failures = 0
-        """Failed steps since the last good one."""
-        self._suspects: list[TakenRequest] = []
-        """Requests taken on since then, in order."""
-        self._retry_s = 0.0
-        self._last_error: Exception | None = None
         self._step_began_s: float | None = None
         self._send_plan = False
         self._num_cache_tokens = engine.status.num_blocks * engine.config.block_size
@@ -261,10 +252,10 @@ class RouterService:
 
     def _find_pause_s(self) -> float:
         """Return how long a failed step's next try is away, at most until the next deadline."""
-        if not self._num_failures:
+        if not self._retry.num_failures:
             return 0.0
-        next_s = min(self._retry_s, self._deadlines[0][0] if self._deadlines else self._retry_s)
-        return next_s - self._now_s()
+        deadline_s = self._requests.next_deadline_s
+        return (self._retry_s if deadline_s is None else min(self._retry_s, deadline_s)) - self._now_s()
 
     def _add(self, link: GatewayLink, message: GenerateMessage, arrived_s: float) -> None:
         if self._is_leaving:
@@ -272,8 +263,9 @@ class RouterService:
             return
         taken = self._make_taken(link, message, arrived_s)
         try:
-            if taken.wire_id in link.requests:
+            if self._requests.find(link, taken.wire_id) is not None:
                 raise RequestError(f"a request {taken.wire_id!r} is running already. Take another id.", param="id")
+            _check_scores(message.request)
             self._engine.add(taken, message.request)
         except RequestError as error:
             link.reject(_refuse(taken.wire_id, "invalid", error))
@@ -286,18 +278,8 @@ class RouterService:
             link.reject(_refuse(taken.wire_id, "failed", f"{type(error).__name__}: {error}"))
             return
         self._is_idle.clear()
-        link.requests[taken.wire_id] = taken
         self._requests.add(taken)
-        self._num_outstanding_tokens += taken.num_outstanding_tokens
-        self._suspects.append(taken)
-        self._note_deadline(taken)
-
-    def _note_deadline(self, taken: TakenRequest) -> None:
-        if len(self._deadlines) > 2 * len(self._requests) + 100:
-            # Most of them have ended long before.
-            self._deadlines = [one for one in self._deadlines if one[2] in self._requests]
-            heapq.heapify(self._deadlines)
-        heapq.heappush(self._deadlines, (taken.deadline_s, next(self._numbers), taken))
+        self._retry.note_added(taken)
 
     def _make_taken(self, link: GatewayLink, message: GenerateMessage, arrived_s: float) -> TakenRequest:
         request = message.request
@@ -314,23 +296,18 @@ class RouterService:
 
     def _cancel(self, link: GatewayLink, message: CancelMessage) -> None:
         for wire_id in message.request_ids:
-            taken = link.requests.get(wire_id)
+            taken = self._requests.find(link, wire_id)
             # It may have ended while the message was under way.
             if taken is not None:
                 self._let_go(taken)
 
     def _forget_gateway(self, link: GatewayLink) -> None:
-        for taken in list(link.requests.values()):
+        for taken in self._requests.list_of(link):
             self._let_go(taken)
 
     def _let_go(self, taken: TakenRequest) -> None:
         self._engine.cancel(taken)
-        self._forget(taken)
-
-    def _forget(self, taken: TakenRequest) -> None:
-        del taken.gateway.requests[taken.wire_id]
-        self._requests.discard(taken)
-        self._num_outstanding_tokens -= taken.num_outstanding_tokens
+        self._requests.remove(taken)
 
     def _fail(self, taken: TakenRequest, reason: RejectReason, error: Exception | str) -> None:
         _logger.warning("%r fails: %s", taken, error)
@@ -339,12 +316,9 @@ class RouterService:
 
     def _expire(self) -> None:
         """Let requests go whose time is over."""
-        now_s = self._now_s()
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, _, taken = heapq.heappop(self._deadlines)
-            if taken in self._requests:
-                because = f": {self._last_error}" if self._num_failures else ""
-                self._fail(taken, "expired", f"the request did not end within its deadline{because}")
+        for taken in self._requests.pop_expired(self._now_s()):
+            because = f": {self._retry.last_error}" if self._retry.last_error is not None else ""
+            self._fail(taken, "expired", f"the request did not end within its deadline{because}")
 
     def _step(self) -> None:
         self._step_began_s = self._now_s()
@@ -355,8 +329,7 @@ class RouterService:
             return
         finally:
             self._step_began_s = None
-        self._num_failures = 0
-        self._suspects.clear()
+        self._retry.reset()
         self._tell(outputs)
 
     def _tell(self, outputs: list[SequenceOutput]) -> None:
@@ -364,34 +337,26 @@ class RouterService:
         for output in outputs:
             taken = output.request_id
             assert isinstance(taken, TakenRequest)
-            if taken.num_outstanding_tokens:
-                taken.num_outstanding_tokens -= 1
-                self._num_outstanding_tokens -= 1
+            self._requests.note_token(taken)
             told_of.setdefault(taken.gateway, []).append((taken.wire_id, output))
             if output.finish_reason is not None:
                 taken.num_unfinished -= 1
                 if not taken.num_unfinished:
-                    self._forget(taken)
+                    self._requests.remove(taken)
         for link, told in told_of.items():
             link.push_outputs(told)
 
     def _note_failure(self, error: Exception) -> None:
-        """Plan the next try of a step, and give a request up if it is time for that."""
-        self._last_error = error
-        self._num_failures += 1
-        if self._num_failures == 1:
-            _logger.warning("a step failed and is tried again: %s", error, exc_info=not _is_expected(error))
-        if not _is_expected(error) and self._num_failures >= self._limits.num_step_tries:
-            self._give_up(error)
-        backoff_s = self._limits.min_backoff_s * 2 ** min(self._num_failures - 1, 16)
-        self._retry_s = self._now_s() + min(backoff_s, self._limits.max_backoff_s)
-
-    def _give_up(self, error: Exception) -> None:
-        """Let the request go that came last since the last good step; all if it is none of those."""
-        suspects = [taken for taken in self._suspects if taken in self._requests]
-        self._suspects = suspects[:-1]
-        for taken in suspects[-1:] or list(self._requests):
-            self._fail(taken, "failed", f"{type(error).__name__}: {error}")
+        decision = self._retry.decide(error)
+        if self._retry.num_failures == 1:
+            expected = is_nobodys_fault(error)
+            _logger.warning("a step failed and is tried again: %s", error, exc_info=not expected)
+        if decision.gives_up:
+            for taken in self._requests if decision.suspect is None else (decision.suspect,):
+                self._fail(taken, "failed", f"{type(error).__name__}: {error}")
+        if not self._requests:
+            self._retry.reset()
+        self._retry_s = self._now_s() + decision.pause_s
 
     def _read_status(self) -> RouterStatusMessage:
         status = self._engine.status
@@ -399,13 +364,22 @@ class RouterService:
             num_running=status.num_running,
             num_waiting=status.num_waiting,
             num_free_tokens=status.num_free_blocks * self._engine.config.block_size,
-            num_outstanding_tokens=self._num_outstanding_tokens,
+            num_outstanding_tokens=self._requests.num_outstanding_tokens,
             leaving=self._is_leaving,
         )
 
 
-def _is_expected(error: Exception) -> bool:
-    return isinstance(error, ExpertUnavailableError)
+def _check_scores(request: GenerationRequest) -> None:
+    """Refuse what would be told in a frame that no connection carries."""
+    if request.prompt_logprobs is None:
+        return
+    num_scores = len(request.prompt_ids) * (1 + request.prompt_logprobs)
+    if num_scores > _MAX_PROMPT_SCORES:
+        raise RequestError(
+            f"{num_scores} log probabilities are asked for of a prompt of {len(request.prompt_ids)} tokens; at most "
+            f"{_MAX_PROMPT_SCORES} can be told. Shorten the prompt or lower prompt_logprobs.",
+            param="prompt_logprobs",
+        )
 
 
 def _refuse(request_id: str, reason: RejectReason, error: Exception | str) -> RejectedMessage:

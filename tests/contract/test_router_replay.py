@@ -75,3 +75,57 @@ def test_a_request_through_a_router_is_a_request_to_its_engine(cluster, engine):
     outputs = run(generate())
     assert {output.request_id for output in outputs} == {"a"}
     assert by_sequence(outputs) == undisturbed(engine, request)
+
+
+def stop_in(engine, request):
+    """Return a stop string that ends the text of a request late, and one that often begins and never ends."""
+    (outputs,) = run_alone(engine, request).values()
+    text = "".join(output.text for output in outputs)
+    return (text[len(text) * 2 // 3 :][:4], text[:2] + "\x00")
+
+
+KINDS = {
+    "greedy": make_request,
+    "seeded": lambda engine: make_request(engine, sampling=SEEDED),
+    "stop string": lambda engine: make_request(
+        engine, sampling=SEEDED, stop=stop_in(engine, make_request(engine, sampling=SEEDED))
+    ),
+    "three": lambda engine: make_request(engine, sampling=SEEDED, n=3),
+    "log probabilities": lambda engine: make_request(engine, sampling=SEEDED | {"logprobs": 2}),
+    "echo": lambda engine: make_request(engine, sampling=SEEDED | {"logprobs": 0}, prompt_logprobs=3, n=2),
+    "only the prompt": lambda engine: make_request(engine, max_tokens=0, prompt_logprobs=1),
+    "penalties": lambda engine: make_request(
+        engine, sampling=SEEDED | {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {40: 3.0}}
+    ),
+    "end of text": lambda engine: make_request(
+        engine, sampling=SEEDED, stop_token_ids=[token_at(engine, make_request(engine, sampling=SEEDED), 30)]
+    ),
+}
+
+
+def token_at(engine, request, place):
+    """Return a token of a request's text that it did not have before, from a place on."""
+    (outputs,) = run_alone(engine, request).values()
+    ids = [output.token.token_id for output in outputs]
+    return next(token for idx, token in enumerate(ids) if idx >= place and token not in ids[:idx])
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 7, 24])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_lost_in_midstream_changes_nothing_that_is_read(cluster, engine, kind, num_steps):
+    request = KINDS[kind](engine)
+    paced = cluster.start(0, num_steps=num_steps)
+
+    async def generate():
+        pool = cluster.open_pool(0, 1)
+        reading = asyncio.create_task(read(pool, "a", request))
+        still = asyncio.create_task(asyncio.to_thread(paced.is_still.wait, LONG_S))
+        await asyncio.wait([reading, still], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.to_thread(cluster.kill, 0)
+        await asyncio.to_thread(cluster.start, 1)
+        outputs = await reading
+        paced.is_still.set()
+        pool.close()
+        return outputs
+
+    assert by_sequence(run(generate())) == undisturbed(engine, request)
