@@ -106,6 +106,7 @@ class RouterSession:
     def take_status(self, status: RouterStatusMessage) -> None:
         """Note how busy the router is."""
         self.status = status
+        self.is_leaving = self.is_leaving or status.leaving
         self.num_others_tokens = max(0, status.num_outstanding_tokens - self.num_own_tokens)
 
 

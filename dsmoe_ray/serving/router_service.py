@@ -22,7 +22,7 @@ from dsmoe_ray.errors import EngineFullError, RequestError
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.outputs import SequenceOutput
 from dsmoe_ray.inference.requests import GenerationRequest
-from dsmoe_ray.serving.control import RouterInfo, RouterOrders, RouterReport
+from dsmoe_ray.serving.control import RouterInfo, RouterOrders, RouterReport, Suspicion
 from dsmoe_ray.serving.gateway_link import GatewayLink, Told
 from dsmoe_ray.serving.plan import PlacementPlan
 from dsmoe_ray.serving.step_retry import StepRetry, is_nobodys_fault
@@ -52,8 +52,8 @@ class ExpertHosts(Protocol):
         """Return the newest plan that is known here."""
 
     @property
-    def suspected_hosts(self) -> Mapping[str, str]:
-        """Return the ids of hosts that are not reached, and why."""
+    def suspected_hosts(self) -> Mapping[str, Suspicion]:
+        """Return the hosts that seem to be dead or hung, by id."""
 
     def update_plan(self, plan: PlacementPlan) -> None:
         """Use a plan if it is newer; from any thread."""
@@ -160,7 +160,7 @@ class RouterService:
         return RouterReport(
             info=dataclasses.replace(self._info, leaving=self._is_leaving),
             plan_version=0 if plan is None else plan.version,
-            suspected=dict.fromkeys(suspected, "lost"),
+            suspected=suspected,
             num_running=status.num_running,
             num_waiting=status.num_waiting,
             load=max(taken / max_num_seqs, 1 - status.num_free_tokens / self._num_cache_tokens),

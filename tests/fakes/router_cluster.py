@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 from pathlib import Path
 
 from dsmoe_ray.artifact.load import load_artifact
@@ -18,12 +19,11 @@ _names = itertools.count()
 
 
 class PacedEngine:
-    """An engine that computes so many steps and then stands still until it is let go."""
+    """An engine that computes so many steps and then nothing until it is allowed more."""
 
     def __init__(self, engine, num_steps):
         self._engine, self._num_left = engine, num_steps
         self.is_still = threading.Event()
-        self.go_on = threading.Event()
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
@@ -31,21 +31,26 @@ class PacedEngine:
     def step(self):
         if self._num_left == 0:
             self.is_still.set()
-            self.go_on.wait()
+            time.sleep(0.001)
             return []
         self._num_left -= 1
         return self._engine.step()
+
+    def allow(self, num_steps):
+        """Let it compute so many steps more, any number if negative."""
+        self._num_left = num_steps
 
 
 class RouterCluster:
     """Routers at fixed addresses, each of which can be lost and come back."""
 
-    def __init__(self, artifact: Path, directory: Path, *, scheme="memory", limits=None, **engine):
+    def __init__(self, artifact: Path, directory: Path, *, scheme="memory", limits=None, silent=(), **engine):
         self._artifact, self._limits, self._engine = load_artifact(artifact), limits, engine
         name = next(_names)
         where = str(directory / f"{name}") if scheme == "unix" else f"test-{name}"
         self._prefix = f"{scheme}://{where}"
-        self._lock = threading.Lock()
+        self._silent = silent
+        """Routers that shake hands and say nothing any more."""
         self.routers = {}
 
     def address(self, number):
@@ -61,7 +66,8 @@ class RouterCluster:
             limits=self._limits,
         )
         hello = Hello(role="router", model_digest="tiny", identity={"router_id": f"r{number}"})
-        listener = open_listener(self.address(number), router.handle, hello, secret=SECRET)
+        handle = _say_nothing if number in self._silent else router.handle
+        listener = open_listener(self.address(number), handle, hello, secret=SECRET)
         router.serve(listener)
         router.start()
         self.routers[number] = (router, listener, engine)
@@ -69,9 +75,8 @@ class RouterCluster:
 
     def kill(self, number):
         """Lose a router: its connections end in the middle of whatever they carry."""
-        router, listener, engine = self.routers.pop(number)
+        router, listener, _ = self.routers.pop(number)
         listener.close()
-        engine.go_on.set()
         router.close()
 
     def close(self):
@@ -87,6 +92,11 @@ class RouterCluster:
         pool = RouterPool(self.connect, **settings)
         pool.update_routers([self.address(number) for number in numbers])
         return pool
+
+
+def _say_nothing(connection):
+    while True:
+        connection.receive()
 
 
 async def read(pool, request_id, request, **settings):

@@ -311,7 +311,7 @@ def test_a_router_that_leaves_tells_everyone_and_finishes_what_it_has(make_bench
 class FakeExperts:
     def __init__(self):
         self.plan = PlacementPlan(version=1)
-        self.suspected_hosts = {"h1": "it is closed"}
+        self.suspected_hosts = {"h1": "late"}
 
     def update_plan(self, plan):
         self.plan = plan
@@ -325,7 +325,7 @@ def test_the_controller_hears_what_it_needs_and_its_plan_is_used(make_bench):
     bench.turn()
     report = bench.router.report()
     assert (report.info.router_id, report.plan_version, report.plan) == ("r", 1, None)
-    assert (dict(report.suspected), report.num_running, report.load) == ({"h1": "lost"}, 2, 0.5)
+    assert (dict(report.suspected), report.num_running, report.load) == ({"h1": "late"}, 2, 0.5)
     newer = PlacementPlan(version=2)
     bench.router.apply(RouterOrders(plan=newer, send_plan=True))
     assert bench.router.report().plan is newer
