@@ -24,7 +24,7 @@ class ByteQueue(Generic[Item]):
         self._num_bytes = 0
         self._num_waiting = 0
 
-    def put(self, item: Item, num_bytes: int, timeout_s: float) -> bool:
+    def put(self, item: Item, num_bytes: int, timeout_s: float | None) -> bool:
         """Append an item, waiting until it fits or is alone; False if that took too long or the queue is closed."""
         with self._room:
             if self._is_full(num_bytes):
@@ -34,19 +34,6 @@ class ByteQueue(Generic[Item]):
             self._num_bytes += num_bytes
             self._items.put((item, num_bytes))
         return True
-
-    def put_at_once(self, item: Item, num_bytes: int) -> None:
-        """Append an item that is here already, whatever waits; nothing if the queue is closed."""
-        with self._room:
-            if not self.closed:
-                self._num_bytes += num_bytes
-                self._items.put((item, num_bytes))
-
-    def wait_for_room(self) -> None:
-        """Wait until something would fit, or the queue is closed."""
-        with self._room:
-            if self._is_full(1):
-                self._wait_for_room(1, None)
 
     def get(self, timeout_s: float | None = None) -> Item | None:
         """Take the oldest item; None if there was none in time, or the queue is closed and empty (see ``ended``)."""

@@ -1,8 +1,8 @@
 """Frames over gRPC: one bidirectional stream, on a TCP connection of its own, for each connection.
 
-gRPC delivers a message on a thread of its own by calling the deserializer; ours puts the bytes into the connection's
-queue there and then, which saves a thread's turn. What iterates over the stream only asks for the next message, and
-waits with that while the queue is full, so that the flow control of HTTP/2 slows the sender.
+Two threads serve a connection: gRPC's own takes what is to be sent from one queue, ours puts what comes into the other.
+(To queue a message where gRPC deserializes it saves a thread's turn and costs more: two threads then wake at once, and
+fight for the interpreter.)
 """
 
 import threading
@@ -19,7 +19,7 @@ from dsmoe_ray.serving.wire.queued_connection import MAX_QUEUED_BYTES, QueuedCon
 from dsmoe_ray.serving.wire.tls import TlsFiles
 
 SCHEME = "grpc://"
-_METHOD = "/dsmoe.Wire/Connect"
+_SERVICE, _METHOD = "dsmoe.Wire", "Connect"
 _KEEPALIVE_MS = 2000
 """A peer that answers no ping for twice that long is gone."""
 _CLOSE_GRACE_S = 2.0
@@ -32,8 +32,7 @@ def connect(address: str, *, send_timeout_s: float, max_frame_bytes: int, tls: T
     options = [*_options(max_frame_bytes), ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_http_proxy", 0)]
     channel = _open_channel(_target_of(address), options, tls)
     connection = GrpcConnection(peer_name=address, send_timeout_s=send_timeout_s)
-    open_stream = channel.stream_stream(_METHOD, response_deserializer=connection.deliver)
-    call = open_stream(connection.outgoing(), wait_for_ready=False)
+    call = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(connection.outgoing(), wait_for_ready=False)
     connection.set_cancel(call.cancel)
     threading.Thread(
         target=_read_replies, args=(connection, call, channel), name=f"read {address}", daemon=True
@@ -63,20 +62,16 @@ class GrpcConnection(QueuedConnection):
             grace.daemon = True
             grace.start()
 
-    def deliver(self, message: bytes) -> bytes:
-        """Take a message that has just arrived, on gRPC's own thread; stands where a deserializer would."""
-        self._received.put_at_once(message, max(1, len(message)))
-        return message
-
     def outgoing(self) -> Iterator[bytes]:
         """Yield what is to be sent until the connection ends."""
         while (message := self._sent.get()) is not None:
             yield message
 
     def read(self, stream: Iterable[bytes]) -> None:
-        """Ask for one message after the other until the other end has said all, as fast as they are received here."""
-        for _ in stream:
-            self._received.wait_for_room()
+        """Move what the other end sends to the queue, until it has said all."""
+        for message in stream:
+            # While the queue is full no message is asked for, and the flow control of HTTP/2 slows the sender.
+            self._received.put(message, max(1, len(message)), None)
 
 
 class GrpcListener:
@@ -85,9 +80,10 @@ class GrpcListener:
     def __init__(self, address: str, acceptance: Acceptance, *, send_timeout_s: float, tls: TlsFiles | None) -> None:
         self._acceptance = acceptance
         self._send_timeout_s = send_timeout_s
+        methods = {_METHOD: grpc.stream_stream_rpc_method_handler(self._run)}
         self._server = grpc.server(
             _ThreadPerStream(),
-            handlers=[_Streams(self._accept)],
+            handlers=[grpc.method_handlers_generic_handler(_SERVICE, methods)],
             options=[*_options(acceptance.max_frame_bytes), ("grpc.so_reuseport", 0)],
             maximum_concurrent_rpcs=MAX_CONNECTIONS,
         )
@@ -109,31 +105,14 @@ class GrpcListener:
         except RuntimeError as error:
             raise ConfigError(f"{address}: cannot listen there; choose another host or port: {error}") from error
 
-    def _accept(self) -> grpc.RpcMethodHandler:
+    def _run(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         caller = self._acceptance.name_caller(self.address)
         connection = GrpcConnection(peer_name=caller, send_timeout_s=self._send_timeout_s)
-
-        def run(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-            connection.set_cancel(context.cancel)
-            context.add_callback(connection.end)
-            threading.Thread(
-                target=_read_requests, args=(connection, requests), name=f"read {caller}", daemon=True
-            ).start()
-            self._acceptance.start(connection, caller=caller)
-            return connection.outgoing()
-
-        return grpc.stream_stream_rpc_method_handler(run, request_deserializer=connection.deliver)
-
-
-class _Streams(grpc.GenericRpcHandler):
-    """Gives each stream a handler of its own, whose deserializer knows the stream's connection."""
-
-    def __init__(self, accept: Callable[[], grpc.RpcMethodHandler]) -> None:
-        self._accept = accept
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        """Return the handler of a new stream, None for a method that we do not have."""
-        return self._accept() if handler_call_details.method == _METHOD else None
+        connection.set_cancel(context.cancel)
+        context.add_callback(connection.end)
+        threading.Thread(target=_read_requests, args=(connection, requests), name=f"read {caller}", daemon=True).start()
+        self._acceptance.start(connection, caller=caller)
+        return connection.outgoing()
 
 
 class _ThreadPerStream(Executor):
