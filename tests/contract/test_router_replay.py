@@ -282,13 +282,17 @@ def test_full_routers_refuse_new_requests_and_make_room_for_those_under_way(arti
 
     async def generate():
         pool = cluster.open_pool(0, 1)
+        while pool.num_connected < 2:
+            await asyncio.sleep(0.001)
         readers = []
         for number in range(4):
             readers.append(asyncio.create_task(read(pool, f"r{number}", request)))
             # It runs or waits before the next one comes.
             while sum(one.status.num_running + one.status.num_waiting for one in paced) <= number:
                 await asyncio.sleep(0.001)
-            await asyncio.to_thread(paced[number % 2].is_still.wait, LONG_S)
+            if number == 1:
+                for one in paced:
+                    await asyncio.to_thread(one.is_still.wait, LONG_S)
         with pytest.raises(EngineFullError):
             await read(pool, "one too many", request)
         await asyncio.to_thread(cluster.kill, 0)
