@@ -103,6 +103,12 @@ class TextTokenizer:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         return {token_id: _to_bytes(token) for token, token_id in vocabulary.items() if token_id not in special}
 
+    @cached_property
+    def longest_token_bytes(self) -> int | None:
+        """Return the length of the longest token; None if a text need not have the length of its tokens together."""
+        is_plain = self._bytes_of_tokens is not None and self.backend.normalizer is None
+        return max(map(len, self._bytes_of_tokens.values())) if is_plain and self._bytes_of_tokens else None
+
     def bytes_of(self, token_id: int) -> bytes:
         """Return what a token adds to a text before it, maybe a part of a character; nothing for a special token."""
         if self._bytes_of_tokens is not None:

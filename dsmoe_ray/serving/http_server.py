@@ -40,6 +40,8 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=1,
+            # Longer than clients keep an idle connection, so that none is closed while it is taken up again.
+            timeout_keep_alive=75,
         )
         self._server = _Server(settings)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))

@@ -106,12 +106,13 @@ def test_every_state_route_answers(client):
 
 
 def test_answers_of_one_connection_do_not_wait_for_the_network(client):
-    client.get("/health")
-    started_s = time.monotonic()
+    durations_s = []
     for _ in range(20):
+        started_s = time.monotonic()
         client.get("/health")
+        durations_s.append(time.monotonic() - started_s)
     # A packet that waits for the acknowledgement of the one before it would take 40 ms every time.
-    assert time.monotonic() - started_s < 0.6
+    assert min(durations_s[1:]) < 0.03
 
 
 def test_a_request_has_an_id_which_is_sent_back(client):
@@ -192,9 +193,10 @@ def test_a_connection_can_be_used_again_after_a_refusal(server):
     with connect(server) as connection:
         # The body comes after its refusal.
         connection.sendall(HEAD.replace(b"json", b"xml") + b"content-length: 4\r\n\r\n")
-        assert connection.recv(65536).startswith(b"HTTP/1.1 415")
+        answer = connection.recv(65536)
         connection.sendall(b"1234GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        assert read_all(connection).startswith(b"HTTP/1.1 200")
+        answer += read_all(connection)
+    assert answer.startswith(b"HTTP/1.1 415") and b"HTTP/1.1 200" in answer
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for(server):
@@ -364,11 +366,13 @@ def test_a_full_server_refuses_at_once_and_is_open_again_at_once(directory):
         accepted = [pool.submit(httpx.post, f"{server.url}/v1/completions", json=FIELDS, timeout=30) for _ in range(2)]
         wait_until(lambda: server.gateway.admission.num_sequences == 2)
         with httpx.Client(base_url=server.url) as client:
-            client.get("/health")
-            started_s = time.monotonic()
-            answers = [complete(client) for _ in range(20)]
-            # In the mean; other tests share the machine.
-            assert (time.monotonic() - started_s) / 20 < 0.05
+            answers, durations_s = [], []
+            for _ in range(21):
+                started_s = time.monotonic()
+                answers.append(complete(client))
+                durations_s.append(time.monotonic() - started_s)
+            # The median, as other tests may share the machine.
+            assert sorted(durations_s)[10] < 0.05
             assert {answer.status_code for answer in answers} == {429}
             assert int(answers[0].headers["retry-after"]) >= 1 and error_of(answers[0])["type"] == "rate_limit_error"
             server.pool.hold.set()

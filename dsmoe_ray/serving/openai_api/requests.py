@@ -84,7 +84,7 @@ class Planner:
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         check_integer("max_tokens", max_tokens, low=0 if body.echo else 1)
         wanted = self._read_common(body, logprobs=body.logprobs)
-        prompts = self._read_prompts(body)
+        prompts = self._split_prompts(body)
         # Scores of a prompt and one token more: the harness of lm_eval counts on that token, even if it ends the text.
         tells_end = body.echo and body.logprobs is not None and max_tokens == 1
         ends = frozenset((*body.stop_token_ids, *(() if body.ignore_eos else self._model.tokenizer.end_ids)))
@@ -93,9 +93,11 @@ class Planner:
         if body.echo and (body.logprobs is not None or max_tokens == 0):
             wanted["prompt_logprobs"] = body.logprobs or 0
         planned = []
-        for idx, (text, ids) in enumerate(prompts):
+        for idx, prompt in enumerate(prompts):
+            ids = self._read_prompt(prompt, room=self._model.config.max_seq_len - min(max_tokens, 1))
             seed = derive_request_seed(request_id, idx) if body.seed is None else body.seed
             request = self._make_request(wanted, ids, max_tokens=max_tokens, seed=seed)
+            text = prompt if isinstance(prompt, str) else self._model.tokenizer.decode(ids)
             planned.append(PlannedPrompt(request=request, text=text if body.echo else ""))
         return PlannedCall(
             request_id=request_id,
@@ -121,7 +123,10 @@ class Planner:
             raise ApiError("top_logprobs needs logprobs: true. Add it, or leave both out.", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         ids = self.encode_messages(body.messages, add_generation_prompt=body.add_generation_prompt)
-        max_tokens = _read_chat_max_tokens(body, room=self._model.config.max_seq_len - len(ids))
+        longest = self._model.config.max_seq_len
+        if len(ids) >= longest:
+            raise _refuse_length("messages", f"has {len(ids)}", room=longest - 1)
+        max_tokens = _read_chat_max_tokens(body, room=longest - len(ids))
         seed = derive_request_seed(request_id, 0) if body.seed is None else body.seed
         wanted = self._read_common(body, logprobs=logprobs)
         request = self._make_request(wanted, ids, max_tokens=max_tokens, seed=seed)
@@ -167,8 +172,7 @@ class Planner:
         if body.stream_options is not None and not body.stream:
             raise ApiError("stream_options needs stream: true. Add it, or leave both out.", param="stream_options")
 
-    def _read_prompts(self, body: CompletionBody) -> list[tuple[str, list[int]]]:
-        """Return text and tokens of each prompt."""
+    def _split_prompts(self, body: CompletionBody) -> list[Any]:
         many = _split_prompts(body.prompt)
         if len(many) > self._max_prompts:
             raise ApiError(
@@ -180,13 +184,20 @@ class Planner:
                 "in one call.",
                 param="n",
             )
-        return [self._read_prompt(one) for one in many]
+        return many
 
-    def _read_prompt(self, prompt: str | list[int]) -> tuple[str, list[int]]:
+    def _read_prompt(self, prompt: str | list[int], *, room: int) -> list[int]:
+        """Return the tokens of a prompt; one that is far too long costs nothing."""
+        at_least = self._model.count_tokens_at_least(prompt) if isinstance(prompt, str) else len(prompt)
+        if at_least > room:
+            raise _refuse_length("prompt", f"has at least {at_least}", room=room)
         if isinstance(prompt, str):
-            return prompt, self._model.encode(prompt)
+            ids = self._model.encode(prompt)
+            if len(ids) > room:
+                raise _refuse_length("prompt", f"has {len(ids)}", room=room)
+            return ids
         self._model.check_ids(prompt, param="prompt")
-        return self._model.tokenizer.decode(prompt), prompt
+        return prompt
 
     def _read_common(self, body: GenerationBody, *, logprobs: int | None) -> dict[str, Any]:
         """Return the fields of ``GenerationRequest`` that all prompts have in common."""
@@ -199,7 +210,7 @@ class Planner:
             "n": body.n,
             "stop": _read_stop(body.stop),
             "include_stop_in_output": body.include_stop_str_in_output,
-            "stop_token_ids": tuple(body.stop_token_ids),
+            "stop_token_ids": tuple(dict.fromkeys(body.stop_token_ids)),
             "ignore_eos": body.ignore_eos,
             "routing": self._model.routing.read(body.routing),
         }
@@ -242,6 +253,14 @@ def _split_prompts(value: Any) -> list[Any]:
     )
 
 
+def _refuse_length(param: str, found: str, *, room: int) -> ApiError:
+    return ApiError(
+        f"{param} {found} tokens; this model takes at most {room} and one or more of its own. Shorten {param}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
 def _read_chat_max_tokens(body: ChatBody, *, room: int) -> int:
     given = [value for value in (body.max_completion_tokens, body.max_tokens) if value is not None]
     if len(given) == 2 and given[0] != given[1]:
@@ -251,8 +270,7 @@ def _read_chat_max_tokens(body: ChatBody, *, room: int) -> int:
             param="max_tokens",
         )
     if not given:
-        # A prompt that leaves no room is refused where requests are checked.
-        return max(room, 1)
+        return room
     check_integer("max_tokens" if body.max_completion_tokens is None else "max_completion_tokens", given[0], low=1)
     return given[0]
 

@@ -42,6 +42,7 @@ class ServedModel:
             )
         self.sampling_defaults = _read_sampling_defaults(published)
         """Fields of ``SamplingConfig`` where a request does not say."""
+        self._longest_token_bytes = self.tokenizer.longest_token_bytes
         self.routing = RequestRouting(published.model_config)
         self.end_of_text = self.tokenizer.backend.id_to_token(self.tokenizer.end_of_text_id)
 
@@ -61,6 +62,10 @@ class ServedModel:
         if parse_special:
             return self.tokenizer.encode_with_special(text)
         return [int(token) for token in self.tokenizer.encode(text)]
+
+    def count_tokens_at_least(self, text: str) -> int:
+        """Return how many tokens a prompt has at least, by its length alone; 0 where that tells nothing."""
+        return -(-len(text) // self._longest_token_bytes) if self._longest_token_bytes else 0
 
     def check_ids(self, ids: Sequence[Any], *, param: str) -> None:
         """Raise ``ApiError`` unless these are tokens of the model."""

@@ -147,6 +147,12 @@ def test_bytes_of_tokens_are_known_whatever_the_vocabulary_is_made_of():
     assert [tokenizer.bytes_of(token) for token in ids] == [b" one", b"\xe6", b"\xbc", b"\xa2", b"a", b"", b""]
 
 
+def test_the_longest_token_bounds_how_few_tokens_a_text_has(trained):
+    longest = trained.longest_token_bytes
+    assert longest == max(len(trained.bytes_of(token)) for token in range(trained.vocab_size))
+    assert all(len(trained.encode(text)) * longest >= len(text.encode()) for text in TEXTS)
+
+
 def test_names_of_special_tokens_are_those_tokens_only_in_a_text_that_is_trusted():
     decoded = _with_added_tokens()
     text = "def <|user|> f"

@@ -83,6 +83,18 @@ def test_what_is_no_prompt_is_refused(planner, prompt):
     assert caught.value.param == "prompt"
 
 
+def test_a_prompt_that_leaves_no_room_is_told_as_clients_expect(planner):
+    for prompt in ([4] * 64, "a" * 64, "word " * 100_000):
+        with pytest.raises(ApiError) as caught:
+            plan(planner, prompt=prompt)
+        assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+    plan(planner, prompt=[4] * 63)
+    plan(planner, prompt=[4] * 64, max_tokens=0, echo=True)
+    with pytest.raises(ApiError) as caught:
+        plan_chat(planner, messages=[{"role": "user", "content": "x" * 64}])
+    assert (caught.value.param, caught.value.code) == ("messages", "context_length_exceeded")
+
+
 def test_too_many_texts_in_one_call_are_refused(planner):
     with pytest.raises(ApiError, match="at most 1024"):
         Planner(planner._model, max_prompts=128).plan_completion(CompletionBody(prompt=["a"] * 128, n=9), "id")
