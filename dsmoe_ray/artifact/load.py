@@ -124,6 +124,24 @@ class Artifact:
             for expert_id, by_matrix in names.items()
         }
 
+    def view_experts(self, layer: int) -> dict[str, torch.Tensor]:
+        """Return each matrix of all FFN experts of a layer, stacked ``(E, F, D)``; nothing is read or verified.
+
+        For computing with those experts that ``load_experts`` has returned.
+
+        Raises:
+            ArtifactError: the experts do not lie one after another.
+            ValueError: there is no such layer, or there are no experts.
+        """
+        everyone = range(self._num_experts)
+        return {matrix: self._stack(self._stacked(layer, matrix), everyone) for matrix in self._matrices}
+
+    def release_expert(self, layer: int, expert_id: int) -> None:
+        """Let go of the memory that one FFN expert takes; see ``release_pages``."""
+        for matrix in self._matrices:
+            name = expert_name(self._stacked(layer, matrix), expert_id)
+            self._files[self._file_of[name]].release_tensor(name)
+
     def verify(self) -> None:
         """Check the digest of every tensor that was not checked yet.
 

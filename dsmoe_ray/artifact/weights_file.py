@@ -81,6 +81,13 @@ class WeightsFile:
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
+    def release_tensor(self, name: str) -> None:
+        """Let go likewise of the pages that hold nothing but this tensor."""
+        begin, end = (self._data_start + offset for offset in self.tensors[name].data_offsets)
+        begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
     def _view(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=self._data_start + begin)
         return flat.view(shape)

@@ -25,8 +25,6 @@ from dsmoe_ray.inference.cpu_library import (
 from dsmoe_ray.inference.int8_weights import INPUT_BLOCK, Int8Experts
 from dsmoe_ray.inference.sparse_experts import StackedWeights
 from dsmoe_ray.model.dispatch import ExpertAssignment
-from dsmoe_ray.model.moe import DenseFfn
-from dsmoe_ray.model.transformer import Block, Transformer
 
 
 class CpuExperts:
@@ -141,18 +139,31 @@ class CpuExperts:
         self._kernels.dsmoe_experts(self._weight_refs[layer], self._call_ref)
         return y_PD
 
+    def compute_arrays(
+        self, layer: int, x_TD: np.ndarray, ids_TK: np.ndarray, gates_TK: np.ndarray, *, by_pair: bool
+    ) -> np.ndarray:
+        """Return what ``compute_pairs`` (``by_pair``) or ``dispatch`` would, for tokens that came as bytes.
 
-def experts_of(model: Transformer) -> list[StackedWeights]:
-    """Return the FFN weights of every layer of a model, where they lie."""
-    layers = []
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        ffn = block.ffn
-        if isinstance(ffn, DenseFfn):
-            layers.append(StackedWeights(ffn.w1[None], ffn.w2[None], None if ffn.w3 is None else ffn.w3[None]))
-        else:
-            layers.append(StackedWeights(ffn.experts.w1, ffn.experts.w2, ffn.experts.w3))
-    return layers
+        Args:
+            layer: Whose experts.
+            x_TD: In the weights' type, bfloat16 as uint16; contiguous like all arrays.
+            ids_TK: int32, of experts that there are or -1.
+            gates_TK: float32.
+            by_pair: Whether each pair has a row of its own.
+        """
+        num_tokens, width = ids_TK.shape
+        assert num_tokens <= self._max_tokens and x_TD.itemsize == self._dtype.itemsize and ids_TK.itemsize == 4
+        y_RD = np.empty((np.count_nonzero(ids_TK >= 0) if by_pair else num_tokens, self._d_model), np.float32)
+        call = self._call
+        call.by_pair, call.num_tokens, call.stride = by_pair, num_tokens, width
+        call.x, call.y, call.expert_ids, call.gates = map(_address_of, (x_TD, y_RD, ids_TK, gates_TK))
+        self._kernels.dsmoe_experts(self._weight_refs[layer], self._call_ref)
+        return y_RD
+
+
+def _address_of(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def _describe(weights: StackedWeights | Int8Experts, num_threads: int) -> ExpertWeights:

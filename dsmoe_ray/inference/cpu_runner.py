@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dsmoe_ray.inference.batch import ForwardBatch
-from dsmoe_ray.inference.cpu_experts import CpuExperts, experts_of
+from dsmoe_ray.inference.cpu_experts import CpuExperts
 from dsmoe_ray.inference.cpu_library import (
     BLOCK_SIZE,
     DTYPES,
@@ -28,6 +28,7 @@ from dsmoe_ray.inference.cpu_library import (
 from dsmoe_ray.inference.cpu_step import CpuStep
 from dsmoe_ray.inference.int8_weights import Int8Model
 from dsmoe_ray.inference.micro_batches import MIN_MICRO_BATCH_TOKENS, split_batch, take_turns
+from dsmoe_ray.inference.sparse_experts import experts_of
 from dsmoe_ray.model.attention import GqaAttention
 from dsmoe_ray.model.config import GqaConfig, ModelConfig
 from dsmoe_ray.model.dispatch import ExpertBackend

@@ -9,13 +9,13 @@ import torch
 from dsmoe_ray.artifact.load import Artifact
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.inference.config import EngineConfig
-from dsmoe_ray.inference.cpu_experts import experts_of
 from dsmoe_ray.inference.cpu_library import BLOCK_SIZE, KernelsUnavailableError, load_kernels
 from dsmoe_ray.inference.cpu_runner import CpuRunner, count_block_bytes
 from dsmoe_ray.inference.engine import Engine
 from dsmoe_ray.inference.int8_weights import pack_model
 from dsmoe_ray.inference.published_tokenizer import build_tokenizer
 from dsmoe_ray.inference.runner import ModelRunner
+from dsmoe_ray.inference.sparse_experts import experts_of
 from dsmoe_ray.inference.torch_runner import TorchRunner
 from dsmoe_ray.model.config import MoeConfig
 from dsmoe_ray.model.dispatch import ExpertBackend

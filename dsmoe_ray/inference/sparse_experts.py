@@ -9,6 +9,7 @@ Shape suffixes: T tokens, D model width, E experts, F width of one expert, H = E
 P = T * K pairs of token and expert.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,9 @@ from torch.nn import functional
 
 from dsmoe_ray.inference.row_math import ExactMath, RowMath
 from dsmoe_ray.model.dispatch import ExpertAssignment, Ready
-from dsmoe_ray.model.experts import Experts, WideWeights, dense_forward
-from dsmoe_ray.model.moe import MixtureOfExperts
-from dsmoe_ray.model.transformer import Transformer
+from dsmoe_ray.model.experts import WideWeights, dense_forward
+from dsmoe_ray.model.moe import DenseFfn
+from dsmoe_ray.model.transformer import Block, Transformer
 
 # Compute capabilities for which torch 2.11 has a grouped GEMM that does not ask the device for group sizes.
 _GROUPED_CAPABILITIES = (9, 10)
@@ -32,28 +33,28 @@ class StackedWeights(NamedTuple):
     w2_EFD: torch.Tensor
     w3_EFD: torch.Tensor | None
 
+    def to(self, dtype: torch.dtype) -> "StackedWeights":
+        """Return them in a type, in place if they have it."""
+        w3 = None if self.w3_EFD is None else self.w3_EFD.to(dtype)
+        return StackedWeights(self.w1_EFD.to(dtype), self.w2_EFD.to(dtype), w3)
+
 
 class LocalExperts:
     """All experts of a model, here."""
 
-    def __init__(self, model: Transformer, *, numerics: RowMath, static_shapes: bool = False) -> None:
+    def __init__(self, layers: Sequence[StackedWeights], *, numerics: RowMath, static_shapes: bool = False) -> None:
         """Use the weights in place.
 
         Args:
-            model: Whose experts.
+            layers: The experts of each layer.
             numerics: The kind of mathematics.
             static_shapes: Ask the device nothing and let no shape depend on values, as a CUDA graph needs it.
         """
-        self.math, self.static_shapes = numerics, static_shapes
-        self._layers = [
-            block.ffn.experts if isinstance(block.ffn, MixtureOfExperts) else None for block in model.blocks
-        ]
+        self.math, self.static_shapes, self._layers = numerics, static_shapes, layers
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> Ready[torch.Tensor]:
         """Run the experts."""
-        experts = self._layers[layer]
-        assert experts is not None, f"layer {layer} has no experts"
-        weights = weights_of(experts, x_TD.dtype)
+        weights = self._layers[layer].to(x_TD.dtype)
         if isinstance(self.math, ExactMath):
             return Ready(run_by_expert(x_TD, assignment, weights, self.math))
         if assignment.all_experts:
@@ -68,11 +69,26 @@ class LocalExperts:
         """Return the gated sums."""
         return handle.wait()
 
+    def compute_pairs(self, layer: int, x_TD: torch.Tensor, assignment: ExpertAssignment) -> torch.Tensor:
+        """Return what ``dispatch`` would add up, float32 ``(P, D)``: a row per pair, token after token."""
+        ids_TK = assignment.expert_ids_TK
+        token_ids, ks = torch.nonzero(ids_TK >= 0, as_tuple=True)
+        pairs = ExpertAssignment(ids_TK[token_ids, ks][:, None], assignment.gates_TK[token_ids, ks][:, None])
+        weights = self._layers[layer].to(x_TD.dtype)
+        return sum_by_expert(x_TD.index_select(0, token_ids), pairs, weights, self.math)
 
-def weights_of(experts: Experts, dtype: torch.dtype) -> StackedWeights:
-    """Return the weights in the compute type, in place if they have it."""
-    w3 = None if experts.w3 is None else experts.w3.to(dtype)
-    return StackedWeights(experts.w1.to(dtype), experts.w2.to(dtype), w3)
+
+def experts_of(model: Transformer) -> list[StackedWeights]:
+    """Return the FFN weights of every layer of a model, where they lie; a dense FFN is one expert."""
+    layers = []
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        ffn = block.ffn
+        if isinstance(ffn, DenseFfn):
+            layers.append(StackedWeights(ffn.w1[None], ffn.w2[None], None if ffn.w3 is None else ffn.w3[None]))
+        else:
+            layers.append(StackedWeights(ffn.experts.w1, ffn.experts.w2, ffn.experts.w3))
+    return layers
 
 
 def has_grouped_gemm(x_TD: torch.Tensor, weights: StackedWeights) -> bool:
@@ -88,6 +104,13 @@ def run_by_expert(
     x_TD: torch.Tensor, assignment: ExpertAssignment, weights: StackedWeights, numerics: RowMath
 ) -> torch.Tensor:
     """Run each expert that someone wants once, on all of its tokens, and add outputs in ascending order of ids."""
+    return sum_by_expert(x_TD, assignment, weights, numerics).to(x_TD.dtype)
+
+
+def sum_by_expert(
+    x_TD: torch.Tensor, assignment: ExpertAssignment, weights: StackedWeights, numerics: RowMath
+) -> torch.Tensor:
+    """Do so, and return the sums as they are added up, in float32."""
     num_experts = len(weights.w1_EFD)
     ids_TK = assignment.expert_ids_TK
     pairs = torch.nonzero(ids_TK.flatten() >= 0).flatten()
@@ -105,7 +128,7 @@ def run_by_expert(
         hidden = numerics.activate(numerics.linear(x, weights.w1_EFD[expert_id]), linear)
         out = numerics.linear(hidden, weights.w2_EFD[expert_id].t())
         y_TD.index_add_(0, tokens, out.float() * gates)
-    return y_TD.to(x_TD.dtype)
+    return y_TD
 
 
 def run_grouped(

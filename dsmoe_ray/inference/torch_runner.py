@@ -19,7 +19,7 @@ from dsmoe_ray.inference.expert_choice import Choice, TokenRules, choose
 from dsmoe_ray.inference.micro_batches import MIN_MICRO_BATCH_TOKENS, split_batch, take_turns
 from dsmoe_ray.inference.paged_attention import PagedKvCache
 from dsmoe_ray.inference.row_math import ExactMath, FastMath, RowMath, rotate_exact
-from dsmoe_ray.inference.sparse_experts import LocalExperts
+from dsmoe_ray.inference.sparse_experts import LocalExperts, experts_of
 from dsmoe_ray.inference.step_plan import RuleShapes, StepPlan, StepPlanner, deal_rules, plan_decoding
 from dsmoe_ray.model.attention import GqaAttention
 from dsmoe_ray.model.dispatch import ExpertBackend
@@ -70,10 +70,10 @@ class TorchRunner:
         self._cache = PagedKvCache(
             model.config, num_blocks=num_blocks, block_size=block_size, dtype=model.compute_dtype, device=device
         )
-        self._experts = LocalExperts(model, numerics=self._math) if experts is None else experts
+        self._experts = LocalExperts(experts_of(model), numerics=self._math) if experts is None else experts
         self._min_micro_batch_tokens = None if experts is None else min_micro_batch_tokens
         self._planner = StepPlanner(model.config, self._cache, self._math, device)
-        self._static_experts = LocalExperts(model, numerics=self._math, static_shapes=True)
+        self._static_experts = LocalExperts(experts_of(model), numerics=self._math, static_shapes=True)
         self._graphs: DecodeGraphs | None = None
         if device.type == "cuda" and experts is None and max_graph_seqs:
             self._graphs = self.build_graphs(max_graph_seqs)

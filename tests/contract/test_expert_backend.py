@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dsmoe_ray.inference.cpu_experts import CpuExperts, experts_of
+from dsmoe_ray.inference.cpu_experts import CpuExperts
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.inference.row_math import ExactMath, FastMath
-from dsmoe_ray.inference.sparse_experts import LocalExperts
+from dsmoe_ray.inference.sparse_experts import LocalExperts, experts_of
 from dsmoe_ray.inference.torch_runner import TorchRunner
 from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.dispatch import ExpertAssignment
@@ -26,9 +26,9 @@ def build_compiled(model):
 
 
 BACKENDS = {
-    "PyTorch, fast": lambda model: LocalExperts(model, numerics=FastMath()),
-    "PyTorch, static shapes": lambda model: LocalExperts(model, numerics=FastMath(), static_shapes=True),
-    "PyTorch, exact": lambda model: LocalExperts(model, numerics=ExactMath()),
+    "PyTorch, fast": lambda model: LocalExperts(experts_of(model), numerics=FastMath()),
+    "PyTorch, static shapes": lambda model: LocalExperts(experts_of(model), numerics=FastMath(), static_shapes=True),
+    "PyTorch, exact": lambda model: LocalExperts(experts_of(model), numerics=ExactMath()),
     "compiled": build_compiled,
 }
 EXACT = ["PyTorch, exact", "compiled"]

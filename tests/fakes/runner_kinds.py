@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
-from dsmoe_ray.inference.cpu_experts import CpuExperts, experts_of
+from dsmoe_ray.inference.cpu_experts import CpuExperts
 from dsmoe_ray.inference.cpu_library import COMPILERS, KernelsUnavailableError
 from dsmoe_ray.inference.cpu_runner import CpuRunner
 from dsmoe_ray.inference.row_math import ExactMath, FastMath
-from dsmoe_ray.inference.sparse_experts import LocalExperts
+from dsmoe_ray.inference.sparse_experts import LocalExperts, experts_of
 from dsmoe_ray.inference.torch_runner import TorchRunner
 from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.init import initialize
@@ -44,7 +44,7 @@ def make_runner(kind, model, *, num_blocks, block_size=16, num_threads=1):
 def make_experts(kind, model):
     """Return the expert backend of a runner."""
     if kind.startswith("torch"):
-        return LocalExperts(model, numerics=ExactMath() if kind == "torch exact" else FastMath())
+        return LocalExperts(experts_of(model), numerics=ExactMath() if kind == "torch exact" else FastMath())
     return with_kernels(kind, lambda: CpuExperts(experts_of(model), max_tokens=MAX_TOKENS, num_threads=1))
 
 

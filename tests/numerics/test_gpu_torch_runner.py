@@ -9,7 +9,7 @@ import torch
 
 from dsmoe_ray.inference.routing import resolve_routing
 from dsmoe_ray.inference.row_math import FastMath
-from dsmoe_ray.inference.sparse_experts import has_grouped_gemm, run_by_expert, run_grouped, run_wide, weights_of
+from dsmoe_ray.inference.sparse_experts import experts_of, has_grouped_gemm, run_by_expert, run_grouped, run_wide
 from dsmoe_ray.inference.torch_runner import TorchRunner
 from dsmoe_ray.model.dispatch import ExpertAssignment
 from tests.contract.test_model_runners import CASES, FFN_ROUTINGS, MOA_ROUTINGS, SHAPES, whole_forward
@@ -100,7 +100,7 @@ def test_a_graph_replayed_twice_on_the_same_step_gives_the_same_logits():
 @pytest.mark.parametrize("num_tokens", [1, 5, 64])
 def test_bfloat16_experts_on_a_gpu_give_what_a_loop_over_experts_gives(way, num_tokens):
     model = on_gpu("gqa-swiglu-linear", torch.bfloat16)
-    weights = weights_of(model.blocks[0].ffn.experts, torch.bfloat16)
+    weights = experts_of(model)[0].to(torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(num_tokens, 24, generator=generator).to(GPU, torch.bfloat16)
     if way == "grouped" and not has_grouped_gemm(x_TD, weights):

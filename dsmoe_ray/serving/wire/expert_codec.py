@@ -97,6 +97,14 @@ def call_from_frame(frame: Frame, sizes: ModelSizes) -> ExpertCall:
     )
 
 
+def find_call_id(frame: Frame) -> int | None:
+    """Return the id in the frame of a call that is wrong elsewhere, None if there is none."""
+    if frame.kind != Kind.EXPERT_CALL or not frame.payloads or len(frame.payloads[0]) != _CALL.size:
+        return None
+    call_id: int = _CALL.unpack(frame.payloads[0])[0]
+    return call_id
+
+
 def result_to_frame(result: ExpertResult) -> Frame:
     """Return the frame of a result; its payload is the result's own array."""
     y = result.y

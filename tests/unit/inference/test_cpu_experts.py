@@ -31,8 +31,9 @@ def test_a_token_cut_out_of_a_wider_assignment_gets_its_experts_only(experts):
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_rows_of_pairs_add_up_to_the_sums_of_tokens_bit_for_bit(dtype, num_tokens):
-    experts = make_experts("cpu native", make_model(d_model=D_MODEL, dtype=dtype))
+@pytest.mark.parametrize("kind", ["cpu native", "torch exact"])
+def test_rows_of_pairs_add_up_to_the_sums_of_tokens_bit_for_bit(kind, dtype, num_tokens):
+    experts = make_experts(kind, make_model(d_model=D_MODEL, dtype=dtype))
     x_TD, ids_TK, gates_TK = make_inputs(num_tokens, NUM_EXPERTS)
     x_TD = x_TD.to(dtype)
     for token in range(num_tokens):
@@ -44,7 +45,8 @@ def test_rows_of_pairs_add_up_to_the_sums_of_tokens_bit_for_bit(dtype, num_token
         for _ in range(token % NUM_EXPERTS):
             sums_TD[token] += next(rows)
     assert next(rows, None) is None
-    assert torch.equal(sums_TD, experts.dispatch(1, x_TD, assignment))
+    expected_TD = experts.combine(experts.dispatch(1, x_TD, assignment))
+    assert torch.equal(sums_TD.to(expected_TD.dtype), expected_TD)
 
 
 WRONG = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dsmoe_ray.inference.row_math import ExactMath, FastMath
-from dsmoe_ray.inference.sparse_experts import LocalExperts, run_by_expert, run_grouped, run_wide, weights_of
+from dsmoe_ray.inference.sparse_experts import LocalExperts, experts_of, run_by_expert, run_grouped, run_wide
 from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.dispatch import ExpertAssignment
 from dsmoe_ray.model.init import initialize
@@ -71,20 +71,20 @@ WAYS = {
 def test_every_way_gives_the_gated_sum_of_the_experts_that_a_token_wants(model, way, num_tokens):
     experts = model.blocks[1].ffn.experts
     x_TD, assignment = tokens(num_tokens), random_assignment(num_tokens, fewest=1 if num_tokens == 1 else 0)
-    found_TD = way(x_TD, assignment, weights_of(experts, torch.float32))
+    found_TD = way(x_TD, assignment, experts_of(model)[1].to(torch.float32))
     torch.testing.assert_close(found_TD, expected_of(experts, x_TD, assignment), **CLOSE)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_tokens_that_want_no_expert_get_zeros(model, way):
     assignment = ExpertAssignment(torch.full((3, 2), -1, dtype=torch.int32), torch.zeros(3, 2))
-    found_TD = way(tokens(3), assignment, weights_of(model.blocks[0].ffn.experts, torch.float32))
+    found_TD = way(tokens(3), assignment, experts_of(model)[0].to(torch.float32))
     assert (found_TD == 0.0).all()
 
 
 @pytest.mark.parametrize("numerics", [FastMath(), ExactMath()], ids=["fast", "exact"])
 def test_a_backend_runs_each_layers_own_experts(model, numerics):
-    backend = LocalExperts(model, numerics=numerics)
+    backend = LocalExperts(experts_of(model), numerics=numerics)
     x_TD, assignment = tokens(9), random_assignment(9)
     handles = [backend.dispatch(layer, x_TD, assignment) for layer in (0, 1)]
     for layer, handle in enumerate(handles):
@@ -96,13 +96,13 @@ def test_a_backend_runs_each_layers_own_experts(model, numerics):
 def test_a_token_that_wants_every_expert_gets_them_all(model, numerics):
     ids_TE = torch.arange(NUM_EXPERTS, dtype=torch.int32).expand(9, -1)
     assignment = ExpertAssignment(ids_TE, torch.rand(9, NUM_EXPERTS), all_experts=True)
-    backend, x_TD = LocalExperts(model, numerics=numerics), tokens(9)
+    backend, x_TD = LocalExperts(experts_of(model), numerics=numerics), tokens(9)
     found_TD = backend.combine(backend.dispatch(0, x_TD, assignment))
     torch.testing.assert_close(found_TD, expected_of(model.blocks[0].ffn.experts, x_TD, assignment), **CLOSE)
 
 
 def test_exact_outputs_of_a_token_do_not_depend_on_how_wide_the_assignment_is_or_who_else_is_there(model):
-    backend = LocalExperts(model, numerics=ExactMath())
+    backend = LocalExperts(experts_of(model), numerics=ExactMath())
     x_TD, assignment = tokens(9), random_assignment(9)
     whole_TD = backend.combine(backend.dispatch(0, x_TD, assignment))
     for token in range(9):
