@@ -58,9 +58,11 @@ class GenerationResponse(Response):
             # Once more beside the routers' own, who may hang.
             alarm = loop.call_later(left_s, running.abort, self._late())
             try:
-                async with asyncio.timeout(left_s + _STALLED_S):
+                async with asyncio.timeout(left_s + _STALLED_S) as limit:
                     await (self._stream if self._call.stream else self._collect)(running, scope, receive, send)
             except TimeoutError:
+                if not limit.expired():
+                    raise
                 logger.warning("request %s: its client does not read; cut off", self._call.request_id)
                 await _cut(scope)
                 raise ClientGoneError from None
@@ -101,7 +103,8 @@ class GenerationResponse(Response):
     def _tell(self, error: Exception) -> ApiError:
         answer = to_api_error(error)
         self._gateway.metrics.failed_streams.inc()
-        logger.warning("request %s: its stream failed", self._call.request_id, exc_info=error)
+        trace = error if answer.status == 500 else None
+        logger.warning("request %s: its stream failed: %s", self._call.request_id, answer, exc_info=trace)
         return answer
 
     def _note_first(self, outputs: list[PromptOutput]) -> None:

@@ -89,7 +89,8 @@ class Edge:
                     f"{REQUEST_ID} must be 1 to 128 letters, digits or ._:/+=@-; found {given_id!r:.150}.",
                     param=REQUEST_ID,
                 )
-            if self._authorize is not None and scope["path"] not in OPEN_PATHS:
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            if self._authorize is not None and path not in OPEN_PATHS:
                 self._authorize(headers)
             await self._app(scope, receive, send_named)
         except ClientGoneError:

@@ -494,6 +494,21 @@ def test_no_bytes_break_the_server(client, content):
     error_of(answer)
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    head=st.sampled_from(
+        [b"", HEAD, HEAD + b"content-length: 40\r\n\r\n", HEAD + b"transfer-encoding: chunked\r\n\r\n"]
+    ),
+    rest=st.binary(max_size=60),
+)
+def test_no_bytes_on_a_connection_break_the_server(client, server, head, rest):
+    with connect(server) as connection:
+        connection.sendall(head + rest)
+        connection.shutdown(socket.SHUT_WR)
+        answer = read_all(connection)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+
+
 def test_nothing_is_left_after_all_of_this(client, server):
     wait_until(lambda: is_idle(server))
     assert client.get("/health").status_code == 200

@@ -99,6 +99,17 @@ def test_a_client_that_leaves_ends_the_call(model, stream):
     run(model, script, stream=stream)
 
 
+def test_a_routers_own_timeout_is_no_fault_of_the_client(model):
+    async def script(pool, client, answer):
+        await settle()
+        pool.say(TimeoutError("inside"))
+        with pytest.raises(TimeoutError, match="inside"):
+            await answer
+        assert not client.was_cut
+
+    run(model, script)
+
+
 def test_a_late_call_has_a_status_before_its_stream_and_an_event_within(model):
     async def before(pool, client, answer):
         with pytest.raises(DeadlineError):
