@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,27 @@ class ExpertCall(Structure):
     ]
 
 
-_STRUCTURES = (Rule, RouterWeights, LayerWeights, Model, Step, ExpertWeights, ExpertCall)
+class PiecePlace(Structure):
+    """Where the part of a call that one place computes lies."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("num_rows", "num_pairs", "width", "unused")),
+        *((name, c_int64) for name in ("rows", "ids", "gates", "x")),
+    ]
+
+
+class PieceCut(Structure):
+    """Tokens whose experts are elsewhere, to be cut into pieces."""
+
+    _fields_ = [
+        *((name, c_int32) for name in ("num_tokens", "stride", "row_bytes", "first_piece", "num_pieces")),
+        *((name, c_void_p) for name in ("expert_ids", "gates", "x", "piece_of")),
+        ("pieces", POINTER(PiecePlace)),
+        ("memory", c_void_p),
+    ]
+
+
+_STRUCTURES = (Rule, RouterWeights, LayerWeights, Model, Step, ExpertWeights, ExpertCall, PiecePlace, PieceCut)
 
 
 def load_kernels(variant: str | None = None) -> ctypes.CDLL:
@@ -272,8 +292,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.dsmoe_experts.argtypes = [c_void_p, c_void_p]
     library.dsmoe_layers.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p]
     library.dsmoe_finish.argtypes = [c_void_p, c_void_p, c_void_p, c_int32, c_void_p]
-    for name in ("embed", "trunk", "experts", "layers", "finish"):
+    library.dsmoe_measure_pieces.argtypes = [c_void_p]
+    library.dsmoe_cut_pieces.argtypes = [c_void_p]
+    library.dsmoe_add_pieces.argtypes = [c_void_p, c_void_p, *[c_int32] * 4, c_void_p]
+    for name in ("embed", "trunk", "experts", "layers", "finish", "cut_pieces", "add_pieces"):
         getattr(library, f"dsmoe_{name}").restype = None
+    library.dsmoe_measure_pieces.restype = c_int64
 
 
 def reference(structure: Structure | ctypes.Array[Any]) -> c_void_p:

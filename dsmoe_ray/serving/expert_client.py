@@ -18,8 +18,9 @@ import torch
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.errors import ConfigError, ExpertUnavailableError
 from dsmoe_ray.model.dispatch import ExpertAssignment
+from dsmoe_ray.serving.compiled_cut import build_cutter
 from dsmoe_ray.serving.config import WireConfig
-from dsmoe_ray.serving.expert_cut import add_rows, add_sums
+from dsmoe_ray.serving.expert_cut import CutTokens
 from dsmoe_ray.serving.host_links import Connect, HostLink, HostLinks, LinkState, Suspicion
 from dsmoe_ray.serving.piece_calls import Audit, LayerCall, PieceCall, PieceCalls, RemoteStatistics
 from dsmoe_ray.serving.plan import LogicalExpert, PlacementPlan
@@ -89,7 +90,10 @@ class RemoteExperts:
         self._num_experts, self._exact = num_experts, exact
         self._wire = wire or WireConfig()
         self._links: HostLinks[PieceCall] = HostLinks(connect, node_id=node_id)
-        self._calls = PieceCalls(self._links, self._wire, exact=exact, take_plan=self.update_plan, audit=audit)
+        self._cutter = build_cutter(num_threads=torch.get_num_threads())
+        self._calls = PieceCalls(
+            self._links, self._wire, cutter=self._cutter, exact=exact, take_plan=self.update_plan, audit=audit
+        )
         self._plan_lock = threading.Lock()
         self._table = _PlanTable(plan)
         self._links.set_hosts(plan.hosts.values())
@@ -138,12 +142,13 @@ class RemoteExperts:
         ids_TK, gates_TK = assignment.expert_ids_TK.cpu().numpy(), assignment.gates_TK.cpu().numpy()
         calls = []
         for rows in self._split(ids_TK, x_TD.shape[1]):
-            call = LayerCall(layer, wire_TD[rows], dtype, ids_TK[rows], gates_TK[rows], self._nobody(), give_up_s)
+            tokens = CutTokens(wire_TD[rows], ids_TK[rows], gates_TK[rows])
+            call = LayerCall(layer, tokens, dtype, self._nobody(), give_up_s)
             calls.append(call)
             table = self._table
             settled = self._find_settled(table, layer)
             if settled is None:
-                self._place(call, [expert for expert in np.unique(call.expert_ids_TK).tolist() if expert >= 0])
+                self._place(call, call.list_wanted())
             else:
                 call.piece_of_E = settled.piece_of_E
                 self._calls.send(call, settled.links, plan_version=table.plan.version)
@@ -237,7 +242,7 @@ class RemoteExperts:
         self, call: LayerCall, living: Mapping[int, Mapping[str, HostLink[PieceCall]]]
     ) -> dict[int, HostLink[PieceCall]]:
         """Choose a replica of each expert."""
-        counts_E = np.bincount(call.expert_ids_TK.ravel() + 1, minlength=self._num_experts + 1)[1:].tolist()
+        counts_E = np.bincount(call.tokens.expert_ids_TK.ravel() + 1, minlength=self._num_experts + 1)[1:].tolist()
         links = {host_id: link for by_host in living.values() for host_id, link in by_host.items()}
         choice = choose_replicas(
             {expert_id: counts_E[expert_id] for expert_id in living},
@@ -294,10 +299,12 @@ class RemoteExperts:
     def _try_again(self, call: LayerCall, failed: list[PieceCall], version: int) -> None:
         """Send what has no result elsewhere, or wait for somebody to send it to."""
         expert_ids = list(call.unplaced)
+        wanted = call.list_wanted() if failed else []
         for sent in failed:
             del call.pieces[sent.number]
-            self._note_failure(call, sent)
-            expert_ids += sent.expert_ids
+            own = [expert_id for expert_id in wanted if call.piece_of_E[expert_id] == sent.number]
+            _note_failure(call, sent, own)
+            expert_ids += own
         now_s = monotonic_s()
         if now_s >= call.give_up_s:
             raise self._describe_failure(call, expert_ids)
@@ -311,14 +318,6 @@ class RemoteExperts:
         # The settled choice of a layer is shared between calls.
         call.piece_of_E = call.piece_of_E.copy()
         self._place(call, expert_ids)
-
-    def _note_failure(self, call: LayerCall, sent: PieceCall) -> None:
-        assert sent.failure is not None
-        host_id = sent.link.info.host_id
-        for expert_id in sent.expert_ids:
-            call.failures.setdefault(expert_id, {})[host_id] = sent.failure
-            if sent.refusal is not None:
-                call.refusing[expert_id, host_id] = sent.refusal
 
     def _describe_failure(self, call: LayerCall, expert_ids: list[int]) -> ExpertUnavailableError:
         expert_id = min(expert_ids)
@@ -335,14 +334,19 @@ class RemoteExperts:
         )
 
     def _add(self, call: LayerCall) -> torch.Tensor:
-        y_TD = torch.empty(call.x_TD.shape)
-        pieces = call.pieces
-        answers = {number: sent.y for number, sent in pieces.items() if sent.y is not None}
-        assert len(answers) == len(pieces), "a piece has no answer"
-        if self._exact:
-            add_rows(y_TD.numpy(), call.expert_ids_TK, call.piece_of_E, answers)
-        else:
-            add_sums(y_TD.numpy(), {number: sent.piece.rows for number, sent in pieces.items()}, answers)
-        for sent in pieces.values():
+        y_TD = torch.empty(call.tokens.x_TD.shape)
+        answers = {number: sent.y for number, sent in call.pieces.items() if sent.y is not None}
+        assert len(answers) == len(call.pieces), "a piece has no answer"
+        self._cutter.add(y_TD.numpy(), call.tokens, call.piece_of_E, answers, by_pair=self._exact)
+        for sent in call.pieces.values():
             self._calls.release(sent)
         return y_TD
+
+
+def _note_failure(call: LayerCall, sent: PieceCall, expert_ids: list[int]) -> None:
+    assert sent.failure is not None
+    host_id = sent.link.info.host_id
+    for expert_id in expert_ids:
+        call.failures.setdefault(expert_id, {})[host_id] = sent.failure
+        if sent.refusal is not None:
+            call.refusing[expert_id, host_id] = sent.refusal

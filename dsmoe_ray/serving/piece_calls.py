@@ -3,8 +3,7 @@
 Answers are read by the thread that waits for them, in whatever order they come. Whoever does not answer in time loses
 its connection (``host_links.py``). Chooses no host.
 
-Shape suffixes: T tokens of a call, D model width, E experts, K most experts that a token wants; small letters for those
-of one piece, P its (token, expert) pairs.
+Shape suffixes: T tokens of a call, D model width, E experts, K most experts that a token wants; t tokens of one piece.
 """
 
 import logging
@@ -17,13 +16,13 @@ import numpy as np
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.errors import ConnectionLostError, FrameError
 from dsmoe_ray.serving.config import WireConfig
-from dsmoe_ray.serving.expert_cut import Piece, cut_tokens
+from dsmoe_ray.serving.expert_cut import Cutter, CutTokens, Piece
 from dsmoe_ray.serving.host_links import HostLink, HostLinks
 from dsmoe_ray.serving.plan import PlacementPlan
 from dsmoe_ray.serving.replica_choice import READING_WORK
 from dsmoe_ray.serving.wire.connection import Frame
-from dsmoe_ray.serving.wire.expert_codec import call_to_frame, check_answer, refusal_from_frame, result_from_frame
-from dsmoe_ray.serving.wire.messages import ExpertCall, Kind
+from dsmoe_ray.serving.wire.expert_codec import call_to_frame, refusal_from_frame, result_from_frame
+from dsmoe_ray.serving.wire.messages import ExpertCall, ExpertResult, Kind
 from dsmoe_ray.serving.wire.plan_codec import plan_from_frame
 
 logger = logging.getLogger(__name__)
@@ -78,12 +77,13 @@ class PieceCall:
 
     number: int
     """Of the piece in its call."""
-    piece: Piece
-    message: ExpertCall
+    layer: int
+    dtype: Literal["float32", "bfloat16"]
     link: HostLink["PieceCall"]
     work: int
     patience_s: float
     deadline_s: float
+    answer_shape: tuple[int, int]
     y: np.ndarray | None = None
     failure: str | None = None
     refusal: str | None = None
@@ -94,24 +94,16 @@ class PieceCall:
         """Return whether there is neither an answer nor a failure."""
         return self.y is None and self.failure is None
 
-    @property
-    def expert_ids(self) -> list[int]:
-        """Return the experts that it asks for."""
-        return [expert_id for expert_id in np.unique(self.piece.expert_ids_TK).tolist() if expert_id >= 0]
-
 
 @dataclass(slots=True, eq=False)
 class LayerCall:
     """Tokens of one micro-batch for the experts of one layer."""
 
     layer: int
-    x_TD: np.ndarray
-    """As on the wire."""
+    tokens: CutTokens
     dtype: Literal["float32", "bfloat16"]
-    expert_ids_TK: np.ndarray
-    gates_TK: np.ndarray
     piece_of_E: np.ndarray
-    """See ``cut_tokens``. A piece that failed is replaced: its experts belong to later ones."""
+    """See ``Cutter``. A piece that failed is replaced: its experts belong to later ones."""
     give_up_s: float
     pieces: dict[int, PieceCall] = field(default_factory=dict)
     """By number, those that count."""
@@ -124,6 +116,10 @@ class LayerCall:
     """Pairs of expert and host that are not tried for now, and the reason that the host gave."""
     num_rounds: int = 0
 
+    def list_wanted(self) -> list[int]:
+        """Return the experts that some token wants."""
+        return [expert_id for expert_id in np.unique(self.tokens.expert_ids_TK).tolist() if expert_id >= 0]
+
 
 class PieceCalls:
     """Sends pieces and reads answers, for one thread."""
@@ -133,11 +129,12 @@ class PieceCalls:
         links: HostLinks[PieceCall],
         wire: WireConfig,
         *,
+        cutter: Cutter,
         exact: bool,
         take_plan: Callable[[PlacementPlan], None],
         audit: Audit | None,
     ) -> None:
-        self._links, self._wire, self._exact = links, wire, exact
+        self._links, self._wire, self._exact, self._cutter = links, wire, exact, cutter
         self._take_plan, self._audit = take_plan, audit
         self._num_call_ids = 0
         self._unread: dict[HostLink[PieceCall], PieceCall] = {}
@@ -150,11 +147,12 @@ class PieceCalls:
         """Send each of ``links`` the piece that ``call.piece_of_E`` gives it, in order, the next free number on."""
         numbers = range(call.num_pieces, call.num_pieces + len(links))
         call.num_pieces += len(links)
-        pieces = cut_tokens(call.expert_ids_TK, call.gates_TK, call.piece_of_E, numbers)
+        pieces = self._cutter.cut(call.tokens, call.piece_of_E, numbers)
         for number, link, piece in zip(numbers, links, pieces, strict=True):
             if piece is not None:
-                message = self._describe(call, piece, plan_version=plan_version, on_demand=on_demand)
-                call.pieces[number] = self._send(call, number, piece, link, message)
+                call.pieces[number] = self._send(
+                    call, number, piece, link, plan_version=plan_version, on_demand=on_demand
+                )
 
     def wait(self, sent: PieceCall, *, give_up_s: float) -> None:
         """Wait until a piece has an answer or failed."""
@@ -168,41 +166,42 @@ class PieceCalls:
         if self._unread.get(sent.link) is sent:
             del self._unread[sent.link]
 
-    def _describe(self, call: LayerCall, piece: Piece, *, plan_version: int, on_demand: bool) -> ExpertCall:
+    def _send(
+        self,
+        call: LayerCall,
+        number: int,
+        piece: Piece,
+        link: HostLink[PieceCall],
+        *,
+        plan_version: int,
+        on_demand: bool,
+    ) -> PieceCall:
+        now_s = monotonic_s()
+        work = piece.num_pairs + READING_WORK * min(piece.num_pairs, len(call.piece_of_E) - 1)
+        link.outstanding += work
+        patience_s = self._compute_patience(link, call, on_demand=on_demand)
+        num_tokens, d_model = piece.x_tD.shape
+        shape = (piece.num_pairs if self._exact else num_tokens, d_model)
+        sent = PieceCall(number, call.layer, call.dtype, link, work, patience_s, now_s + patience_s, shape)
         self._num_call_ids += 1
-        return ExpertCall(
+        link.pending[self._num_call_ids] = sent
+        self.statistics.num_frames += 1
+        self.statistics.num_on_demand += on_demand
+        if self._audit is not None:
+            rows, ids_tK = piece.rows.copy(), piece.expert_ids_tK.copy()
+            self._audit(SentPiece(call.layer, link.info.host_id, plan_version, rows, ids_tK, on_demand=on_demand))
+        message = ExpertCall(
             call_id=self._num_call_ids,
             layer=call.layer,
             plan_version=plan_version,
             exact=self._exact,
-            deadline_ms=max(int(1000 * (call.give_up_s - monotonic_s())), 0),
+            deadline_ms=max(int(1000 * (call.give_up_s - now_s)), 0),
             dtype=call.dtype,
-            x_TD=call.x_TD if len(piece.rows) == len(call.x_TD) else call.x_TD[piece.rows],
-            expert_ids_TK=piece.expert_ids_TK,
-            gates_TK=piece.gates_TK,
+            x_TD=piece.x_tD,
+            expert_ids_TK=piece.expert_ids_tK,
+            gates_TK=piece.gates_tK,
             on_demand=on_demand,
         )
-
-    def _send(
-        self, call: LayerCall, number: int, piece: Piece, link: HostLink[PieceCall], message: ExpertCall
-    ) -> PieceCall:
-        work = piece.num_pairs + READING_WORK * len(np.unique(piece.expert_ids_TK))
-        link.outstanding += work
-        patience_s = self._compute_patience(link, message) * 2**call.num_rounds
-        sent = PieceCall(number, piece, message, link, work, patience_s, monotonic_s() + patience_s)
-        link.pending[message.call_id] = sent
-        self.statistics.num_frames += 1
-        self.statistics.num_on_demand += message.on_demand
-        if self._audit is not None:
-            told = SentPiece(
-                message.layer,
-                link.info.host_id,
-                message.plan_version,
-                piece.rows,
-                piece.expert_ids_TK,
-                message.on_demand,
-            )
-            self._audit(told)
         connection = link.connection
         try:
             if connection is None:
@@ -213,13 +212,14 @@ class PieceCalls:
             sent.failure = str(error)
         return sent
 
-    def _compute_patience(self, link: HostLink[PieceCall], message: ExpertCall) -> float:
-        """Return how long an answer may take: a fixed time, and some for what there is to do."""
-        loads = message.on_demand or message.layer not in link.layers_seen
-        return (
-            self._wire.expert_deadline_s * (_LOADING_PATIENCE if loads else 1)
-            + _WORK_PATIENCE * link.outstanding * link.seconds_per_work
-        )
+    def _compute_patience(self, link: HostLink[PieceCall], call: LayerCall, *, on_demand: bool) -> float:
+        """Return how long an answer may take: a fixed time, and some for what there is to do.
+
+        Both grow with every round of a call: that hosts seemed lost may have been impatience.
+        """
+        loads = on_demand or call.layer not in link.layers_seen
+        fixed_s = self._wire.expert_deadline_s * (_LOADING_PATIENCE if loads else 1)
+        return (fixed_s + _WORK_PATIENCE * link.outstanding * link.seconds_per_work) * 2**call.num_rounds
 
     def _receive(self, sent: PieceCall, give_up_s: float) -> None:
         """Read one frame of the host that owes a piece, or find it lost."""
@@ -261,10 +261,10 @@ class PieceCalls:
             sent = self._close(link, result.call_id)
             if sent is None:
                 return
-            check_answer(sent.message, result)
+            self._check(sent, result)
             sent.y = result.y
             self._unread[link] = sent
-            link.layers_seen.add(sent.message.layer)
+            link.layers_seen.add(sent.layer)
             link.note_answer(sent.work, result.compute_us * 1e-6)
             self.statistics.compute_s += result.compute_us * 1e-6
             self.statistics.queue_s += result.queue_us * 1e-6
@@ -277,6 +277,15 @@ class PieceCalls:
             self._take_plan(plan_from_frame(frame).plan)
         else:
             raise FrameError(f"a host sent a frame of kind {frame.kind}, which is not for routers")
+
+    def _check(self, sent: PieceCall, result: ExpertResult) -> None:
+        """Refuse a result that is not what was asked for."""
+        y, dtype = result.y, np.float32 if self._exact or sent.dtype == "float32" else np.uint16
+        if y.shape != sent.answer_shape or y.dtype != dtype:
+            raise FrameError(
+                f"the answer to call {result.call_id} must be {np.dtype(dtype)} of shape {sent.answer_shape}; found "
+                f"{y.dtype} of {y.shape}"
+            )
 
     def _close(self, link: HostLink[PieceCall], call_id: int) -> PieceCall | None:
         sent = link.pending.pop(call_id, None)

@@ -1,6 +1,7 @@
 // The functions that Python calls through ctypes. Each opens one parallel region.
 #include <algorithm>
 
+#include "pieces.h"
 #include "trunk.h"
 
 using namespace dsmoe;
@@ -105,8 +106,8 @@ extern "C" {
 // Must fit cpu_library.py; checked when the library is loaded.
 int32_t dsmoe_layout(int32_t* numbers) {
   const int32_t found[] = {sizeof(Rule), sizeof(RouterWeights), sizeof(LayerWeights), sizeof(Model),
-                           sizeof(Step), sizeof(ExpertWeights), sizeof(ExpertCall),
-                           kBlockSize,   kStreamInputs,         kSumBlock};
+                           sizeof(Step), sizeof(ExpertWeights), sizeof(ExpertCall), sizeof(PiecePlace),
+                           sizeof(PieceCut), kBlockSize, kStreamInputs, kSumBlock};
   std::copy(std::begin(found), std::end(found), numbers);
   return int32_t(std::size(found));
 }
@@ -129,6 +130,18 @@ void dsmoe_layers(const Model* model, const Step* step, const ExpertWeights* wei
 
 void dsmoe_finish(const Model* model, const Step* step, const int32_t* rows, int32_t num_rows, float* logits) {
   with_type(model->dtype, [&]<typename T>() { finish<T>(*model, *step, rows, num_rows, logits); });
+}
+
+int64_t dsmoe_measure_pieces(const PieceCut* cut) { return measure_pieces(*cut); }
+
+void dsmoe_cut_pieces(const PieceCut* cut) { cut_pieces(*cut); }
+
+void dsmoe_add_pieces(const PieceCut* cut, const void* const* answers, int32_t dtype, int32_t by_pair, int32_t d_model,
+                      int32_t num_threads, float* y) {
+  if (dtype == kFloat32)
+    add_pieces<float>(*cut, answers, by_pair, d_model, num_threads, y);
+  else
+    add_pieces<Bf16>(*cut, answers, by_pair, d_model, num_threads, y);
 }
 
 }  // extern "C"

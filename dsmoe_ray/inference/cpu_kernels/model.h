@@ -136,4 +136,31 @@ struct ExpertCall {
   double* routing_s;           // grows by the seconds that grouping tokens takes, unless null
 };
 
+// Where a piece of a call lies in the memory of its cut, in bytes.
+struct PiecePlace {
+  int32_t num_rows;   // tokens
+  int32_t num_pairs;
+  int32_t width;      // most experts of a token
+  int32_t unused;
+  int64_t rows;       // (num_rows,) int32: which tokens
+  int64_t ids;        // (num_rows, width) int32
+  int64_t gates;      // (num_rows, width)
+  int64_t x;          // (num_rows, row_bytes); -1 if it has all tokens, in order
+};
+
+// Tokens whose experts are elsewhere.
+struct PieceCut {
+  int32_t num_tokens;
+  int32_t stride;             // entries per token in ids and gates
+  int32_t row_bytes;          // of a token
+  int32_t first_piece;        // the pieces that are wanted
+  int32_t num_pieces;
+  const int32_t* expert_ids;  // (T, stride) ascending, then -1
+  const float* gates;         // (T, stride)
+  const void* x;              // (T, row_bytes)
+  const int32_t* piece_of;    // (E,)
+  PiecePlace* pieces;         // (num_pieces,)
+  void* memory;
+};
+
 }  // namespace dsmoe
