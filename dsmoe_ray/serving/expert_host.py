@@ -22,7 +22,7 @@ from dsmoe_ray.errors import ConnectionLostError, FrameError
 from dsmoe_ray.serving.call_queue import CallQueue, QueuedCall, QueueFullError
 from dsmoe_ray.serving.control import HostOrders, HostReport
 from dsmoe_ray.serving.expert_compute import MAX_TOKENS, ExpertCompute, compute_key, count_rows, to_wire
-from dsmoe_ray.serving.expert_cut import cut_tokens
+from dsmoe_ray.serving.expert_cut import CutTokens, NumpyCutter
 from dsmoe_ray.serving.expert_loader import ExpertLoader
 from dsmoe_ray.serving.expert_pool import ExpertPool
 from dsmoe_ray.serving.plan import HostInfo, LogicalExpert, PlacementPlan
@@ -316,12 +316,11 @@ class ExpertHost:
         piece_of_P = piece_of_E[call.expert_ids_TK[call.expert_ids_TK >= 0]]
         y_RD = np.zeros((count_rows(call), self._sizes.d_model), np.float32)
         busy_s = 0.0
-        for piece, cut in enumerate(cut_tokens(call.expert_ids_TK, call.gates_TK, piece_of_E, range(len(groups)))):
+        tokens = CutTokens(call.x_TD, call.expert_ids_TK, call.gates_TK)
+        for piece, cut in enumerate(NumpyCutter().cut(tokens, piece_of_E, range(len(groups)))):
             assert cut is not None
             part = self._take(
-                dataclasses.replace(
-                    call, x_TD=call.x_TD[cut.rows], expert_ids_TK=cut.expert_ids_TK, gates_TK=cut.gates_TK
-                ),
+                dataclasses.replace(call, x_TD=cut.x_tD, expert_ids_TK=cut.expert_ids_tK, gates_TK=cut.gates_tK),
                 taken.arrived_s,
             )
             with self._pool.pinned(call.layer, groups[piece]):
