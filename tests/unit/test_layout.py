@@ -35,7 +35,7 @@ DOORS = {
     "marshal": (),
     "shelve": (),
     "ray": ("data/prepare.py", "training/expert_shard.py", "training/ray_session.py", "training/ray_shard_group.py"),
-    "grpc": ("serving/wire/grpc_transport.py", "serving/grpc_api.py"),
+    "grpc": ("serving/wire/grpc_transport.py", "serving/grpc_api.py", "bench/bare_echo.py"),
     "torch.distributed": ("parallel/", "training/checkpoint.py"),
 }
 TORCH_FREE = ("config_io", "config_messages", "errors", "cli.main", "cli.validate", "training.validation")
