@@ -33,6 +33,15 @@ class HttpConfig(Config):
     """How long requests may go on after the order to stop."""
 
 
+class GrpcConfig(Config):
+    """Where callers connect who use gRPC instead of HTTP; limits are those of ``http``."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told otherwise."""
+    port: int | None = Field(default=None, ge=0, le=65535)
+    """None serves no gRPC, 0 takes a free port."""
+
+
 class WireConfig(Config):
     """The calls between routers and expert hosts."""
 
@@ -112,6 +121,7 @@ class ServingConfig(Config):
     model_name: str | None = None
     """What clients call it; by default the name of the artifact's directory."""
     http: HttpConfig = HttpConfig()
+    grpc: GrpcConfig = GrpcConfig()
     gateways: PositiveInt = 1
     routers: RoutersConfig = RoutersConfig()
     hosts: ExpertHostsConfig = ExpertHostsConfig()

@@ -70,9 +70,11 @@ class Edge:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        given_id = headers.get(REQUEST_ID)
-        is_valid = given_id is None or _REQUEST_ID.fullmatch(given_id) is not None
-        request_id = given_id if given_id is not None and is_valid else secrets.token_hex(16)
+        problem: ApiError | None = None
+        try:
+            request_id = read_request_id(headers)
+        except ApiError as error:
+            problem, request_id = error, read_request_id({})
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
@@ -84,11 +86,8 @@ class Edge:
             await send(message)
 
         try:
-            if not is_valid:
-                raise ApiError(
-                    f"{REQUEST_ID} must be 1 to 128 letters, digits or ._:/+=@-; found {given_id!r:.150}.",
-                    param=REQUEST_ID,
-                )
+            if problem is not None:
+                raise problem
             path = scope["path"].removeprefix(scope.get("root_path", ""))
             if self._authorize is not None and path not in OPEN_PATHS:
                 self._authorize(headers)
@@ -105,6 +104,22 @@ class Edge:
         finally:
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(route, status or "none").inc()
+
+
+def read_request_id(headers: Mapping[str, str]) -> str:
+    """Return how a call is named, by its caller or by us.
+
+    Raises:
+        ApiError: its caller gives it a name that cannot be.
+    """
+    given = headers.get(REQUEST_ID)
+    if given is None:
+        return secrets.token_hex(16)
+    if _REQUEST_ID.fullmatch(given) is None:
+        raise ApiError(
+            f"{REQUEST_ID} must be 1 to 128 letters, digits or ._:/+=@-; found {given!r:.150}.", param=REQUEST_ID
+        )
+    return given
 
 
 async def read_body(request: Request, config: HttpConfig) -> bytes:
