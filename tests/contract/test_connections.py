@@ -19,11 +19,12 @@ LONG_S = 30.0
 NUMBERS = itertools.count()
 
 
-@pytest.fixture(params=["memory", "unix", "grpc"])
+@pytest.fixture(params=["memory", "unix", "tcp", "grpc"])
 def address(request, tmp_path):
     return {
         "memory": f"memory://test-{next(NUMBERS)}",
         "unix": f"unix://{tmp_path}/s",
+        "tcp": "tcp://127.0.0.1:0",
         "grpc": "grpc://127.0.0.1:0",
     }[request.param]
 

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from dsmoe_ray.errors import ConfigError, ConnectionLostError, HandshakeError
-from dsmoe_ray.serving.wire import grpc_transport, memory_transport, unix_transport
+from dsmoe_ray.serving.wire import grpc_transport, memory_transport, tcp_transport, unix_transport
 from dsmoe_ray.serving.wire.connection import Frame
 from dsmoe_ray.serving.wire.handshake import Hello
 from dsmoe_ray.serving.wire.tls import TlsFiles
@@ -35,17 +35,20 @@ NUMBERS = itertools.count()
 
 
 def make_address(kind, tmp_path):
-    return {"memory": f"memory://strangers-{next(NUMBERS)}", "unix": f"unix://{tmp_path}/s"}.get(
-        kind, "grpc://127.0.0.1:0"
-    )
+    return {
+        "memory": f"memory://strangers-{next(NUMBERS)}",
+        "unix": f"unix://{tmp_path}/s",
+        "tcp": "tcp://127.0.0.1:0",
+        "grpc": "grpc://127.0.0.1:0",
+    }[kind]
 
 
-@pytest.fixture(params=["memory", "unix", "grpc"])
+@pytest.fixture(params=["memory", "unix", "tcp", "grpc"])
 def address(request, tmp_path):
     return make_address(request.param, tmp_path)
 
 
-@pytest.fixture(params=["unix", "grpc"])
+@pytest.fixture(params=["unix", "tcp", "grpc"])
 def peer(request, tmp_path):
     """A process that sends back every frame, and a connection to it."""
     command = [sys.executable, "-m", "tests.fakes.wire_peer", make_address(request.param, tmp_path)]
@@ -102,6 +105,9 @@ def connect_raw(address):
     if address.startswith("unix"):
         connection = unix_transport.connect(address, timeout_s=LONG_S, send_timeout_s=LONG_S)
         return connection._socket.sendall, connection
+    if address.startswith("tcp"):
+        connection = tcp_transport.connect(address, timeout_s=LONG_S, send_timeout_s=LONG_S)
+        return connection._socket.sendall, connection
     if address.startswith("memory"):
         connection = memory_transport.connect(address, send_timeout_s=LONG_S)
     else:
@@ -127,7 +133,7 @@ def test_a_stranger_who_speaks_no_frames_is_cut_off_alone(address, caplog, noise
     listener = open_listener(address, echo, HOST, secret=SECRET, handshake_timeout_s=1.0)
     friend = open_connection(listener.address, ROUTER, secret=SECRET, timeout_s=LONG_S)
     send, stranger = connect_raw(listener.address)
-    with caplog.at_level(logging.WARNING), contextlib.suppress(BrokenPipeError):
+    with caplog.at_level(logging.WARNING), contextlib.suppress(BrokenPipeError, ConnectionResetError):
         send(NOISE[noise])
         with pytest.raises(ConnectionLostError):
             while stranger.receive(LONG_S) is not None:
@@ -145,7 +151,7 @@ def test_a_friend_who_goes_mad_is_cut_off_alone_and_logged_once(address, caplog)
     mad, friend = (open_connection(listener.address, ROUTER, secret=SECRET, timeout_s=LONG_S) for _ in range(2))
     noise = b"DSM1 and then something else altogether"
     with caplog.at_level(logging.WARNING):
-        if address.startswith("unix"):
+        if address.startswith(("unix", "tcp")):
             mad._socket.sendall(noise)
         else:
             mad._sent.put(noise, len(noise), LONG_S)
@@ -173,7 +179,8 @@ def test_a_listener_who_says_nothing_is_given_up(tmp_path):
         tcp.bind(("127.0.0.1", 0))
         unix.listen()
         tcp.listen()
-        for address in (f"unix://{tmp_path}/s", f"grpc://127.0.0.1:{tcp.getsockname()[1]}"):
+        host = f"127.0.0.1:{tcp.getsockname()[1]}"
+        for address in (f"unix://{tmp_path}/s", f"tcp://{host}", f"grpc://{host}"):
             with pytest.raises(ConnectionLostError, match="in time"):
                 open_connection(address, ROUTER, secret=SECRET, timeout_s=0.3)
 
@@ -188,14 +195,19 @@ def test_a_listener_who_does_not_know_the_secret_learns_nothing_from_asking(addr
 def test_nobody_there_is_an_error_that_names_the_address(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        for address in ("memory://nobody", f"unix://{tmp_path}/n", f"grpc://127.0.0.1:{taken.getsockname()[1]}"):
+        host = f"127.0.0.1:{taken.getsockname()[1]}"
+        for address in ("memory://nobody", f"unix://{tmp_path}/n", f"tcp://{host}", f"grpc://{host}"):
             with pytest.raises(ConnectionLostError, match=address):
                 open_connection(address, ROUTER, secret=SECRET, timeout_s=LONG_S)
 
 
-@pytest.mark.parametrize(
-    "address", ["http://x", "unix://relative", "unix:///" + "d" * 120, "grpc://127.0.0.1", "grpc://:1", "/tmp/x"]
-)
+WRONG_ADDRESSES = [
+    *("http://x", "/tmp/x", "unix://relative", "unix:///" + "d" * 120),
+    *("grpc://127.0.0.1", "grpc://:1", "tcp://127.0.0.1:70000", "tcp://127.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("address", WRONG_ADDRESSES)
 def test_an_address_that_cannot_be_is_refused(address):
     for attempt in (
         lambda: open_connection(address, ROUTER, secret=SECRET, timeout_s=LONG_S),
@@ -277,6 +289,8 @@ def test_with_tls_only_those_with_a_certificate_of_the_authority_get_through(tmp
         with pytest.raises(ConnectionLostError):
             open_connection(listener.address, ROUTER, secret=SECRET, timeout_s=LONG_S, tls=tls)
     listener.close()
+    with pytest.raises(ConfigError, match="knows no TLS"):
+        open_connection("tcp://127.0.0.1:1", ROUTER, secret=SECRET, timeout_s=LONG_S, tls=ours)
     missing = TlsFiles(certificate=tmp_path / "no.pem", key=ours.key, authority=ours.authority)
     with pytest.raises(ConfigError, match=r"no\.pem"):
         open_connection("grpc://127.0.0.1:1", ROUTER, secret=SECRET, timeout_s=LONG_S, tls=missing)

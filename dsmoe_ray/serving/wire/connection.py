@@ -1,7 +1,8 @@
 """Frames, and the connections that carry them: one interface whatever lies below.
 
 A connection is a bidirectional stream of frames between two processes that have shaken hands. Addresses choose the
-transport: ``unix:///path`` on one machine, ``grpc://host:port`` anywhere, ``memory://name`` inside one process.
+transport: ``unix:///path`` on one machine, ``tcp://host:port`` in a trusted network, ``grpc://host:port`` anywhere,
+``memory://name`` inside one process.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dsmoe_ray.clock import monotonic_s
 from dsmoe_ray.errors import ConfigError
-from dsmoe_ray.serving.wire import grpc_transport, memory_transport, unix_transport
+from dsmoe_ray.serving.wire import grpc_transport, memory_transport, tcp_transport, unix_transport
 from dsmoe_ray.serving.wire.acceptance import Acceptance
 from dsmoe_ray.serving.wire.codec import MAX_FRAME_BYTES
 from dsmoe_ray.serving.wire.connection import Connection, HandleConnection, Listener
@@ -49,6 +49,9 @@ def open_connection(
         connection = unix_transport.connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
     elif address.startswith(memory_transport.SCHEME):
         connection = memory_transport.connect(address, send_timeout_s=send_timeout_s)
+    elif address.startswith(tcp_transport.SCHEME):
+        _check_no_tls(address, tls)
+        connection = tcp_transport.connect(address, timeout_s=timeout_s, send_timeout_s=send_timeout_s)
     elif address.startswith(grpc_transport.SCHEME):
         connection = grpc_transport.connect(
             address, send_timeout_s=send_timeout_s, max_frame_bytes=max_frame_bytes, tls=tls
@@ -97,6 +100,9 @@ def open_listener(
         return unix_transport.UnixListener(address, acceptance, send_timeout_s=send_timeout_s)
     if address.startswith(memory_transport.SCHEME):
         return memory_transport.MemoryListener(address, acceptance, send_timeout_s=send_timeout_s)
+    if address.startswith(tcp_transport.SCHEME):
+        _check_no_tls(address, tls)
+        return tcp_transport.TcpListener(address, acceptance, send_timeout_s=send_timeout_s)
     if address.startswith(grpc_transport.SCHEME):
         return grpc_transport.GrpcListener(address, acceptance, send_timeout_s=send_timeout_s, tls=tls)
     raise _unknown(address)
@@ -136,5 +142,10 @@ def _check_limits(secret: bytes, max_frame_bytes: int) -> None:
         )
 
 
+def _check_no_tls(address: str, tls: TlsFiles | None) -> None:
+    if tls is not None:
+        raise ConfigError(f"{address}: tcp:// knows no TLS; use grpc:// where certificates are configured")
+
+
 def _unknown(address: str) -> ConfigError:
-    return ConfigError(f"an address starts with unix://, grpc:// or memory://; found {address!r}")
+    return ConfigError(f"an address starts with unix://, tcp://, grpc:// or memory://; found {address!r}")
