@@ -66,6 +66,11 @@ def peer(request, tmp_path):
     process.stdout.close()
 
 
+def stop(process):
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 def test_the_death_of_a_peer_is_noticed_while_receiving(peer):
     process, connection = peer
     threading.Timer(0.1, process.kill).start()
@@ -77,7 +82,7 @@ def test_the_death_of_a_peer_is_noticed_while_receiving(peer):
 
 def test_a_stopped_peer_answers_nothing_in_time_and_goes_on_when_it_may(peer):
     process, connection = peer
-    process.send_signal(signal.SIGSTOP)
+    stop(process)
     connection.send(Frame(2, {}))
     assert connection.receive(0.2) is None
     process.send_signal(signal.SIGCONT)
@@ -86,7 +91,7 @@ def test_a_stopped_peer_answers_nothing_in_time_and_goes_on_when_it_may(peer):
 
 def test_a_stopped_peer_holds_a_sender_up_no_longer_than_it_may(peer):
     process, connection = peer
-    process.send_signal(signal.SIGSTOP)
+    stop(process)
     with pytest.raises(ConnectionLostError):
         for _ in range(1000):
             connection.send(Frame(1, {}, [bytes(1 << 20)]))
@@ -95,7 +100,7 @@ def test_a_stopped_peer_holds_a_sender_up_no_longer_than_it_may(peer):
 @pytest.mark.parametrize("peer", ["grpc"], indirect=True)
 def test_a_peer_that_answers_no_ping_is_gone(peer):
     process, connection = peer
-    process.send_signal(signal.SIGSTOP)
+    stop(process)
     with pytest.raises(ConnectionLostError):
         connection.receive(LONG_S)
 
