@@ -1,5 +1,9 @@
 """What every ``ExpertBackend`` keeps to, and what a runner makes of any of them."""
 
+import contextlib
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -12,6 +16,7 @@ from dsmoe_ray.model.config import ModelConfig
 from dsmoe_ray.model.dispatch import ExpertAssignment
 from dsmoe_ray.model.init import initialize
 from dsmoe_ray.model.transformer import Transformer
+from tests.fakes.expert_fleet import ExpertFleet, publish
 from tests.fakes.paged_sequences import PagedSequences
 from tests.fakes.runner_kinds import with_kernels
 from tests.numerics.references import sum_of_experts
@@ -19,6 +24,34 @@ from tests.numerics.references import sum_of_experts
 # Float32 sums of some thirty terms of size one in another order; logits of size ten after two layers.
 CLOSE = {"rtol": 1e-5, "atol": 3e-5}
 NUM_EXPERTS, D_MODEL = 6, 32
+
+
+REMOTE = [
+    ("memory", 1, "exact"),
+    ("unix", 2, "exact"),
+    ("grpc", 4, "exact"),
+    ("memory", 4, "fast"),
+    ("unix", 2, "fast"),
+    ("grpc", 1, "fast"),
+]
+
+_open = contextlib.ExitStack()
+
+
+@pytest.fixture(autouse=True)
+def _fleets_end_with_the_test():
+    yield
+    _open.close()
+
+
+def build_remote(transport, num_hosts, *, exact):
+    def build(model):
+        directory = Path(_open.enter_context(tempfile.TemporaryDirectory()))
+        artifact = publish(model, directory / "artifact")
+        fleet = _open.enter_context(ExpertFleet(artifact, num_hosts=num_hosts, transport=transport))
+        return fleet.client(exact=exact)
+
+    return build
 
 
 def build_compiled(model):
@@ -30,15 +63,19 @@ BACKENDS = {
     "PyTorch, static shapes": lambda model: LocalExperts(experts_of(model), numerics=FastMath(), static_shapes=True),
     "PyTorch, exact": lambda model: LocalExperts(experts_of(model), numerics=ExactMath()),
     "compiled": build_compiled,
+    **{
+        f"{num_hosts} hosts over {transport}, {numerics}": build_remote(transport, num_hosts, exact=numerics == "exact")
+        for transport, num_hosts, numerics in REMOTE
+    },
 }
-EXACT = ["PyTorch, exact", "compiled"]
+EXACT = [name for name in BACKENDS if name == "compiled" or name.endswith("exact")]
 
 
 @pytest.fixture(params=["gelu", "swiglu"])
 def model(request):
     config = ModelConfig.model_validate(
         {
-            "vocab_size": 40,
+            "vocab_size": 260,
             "d_model": D_MODEL,
             "num_layers": 2,
             "max_seq_len": 32,
@@ -99,6 +136,16 @@ def test_exact_outputs_of_a_token_do_not_depend_on_its_neighbours_or_on_the_widt
         )
         found_1D = backend.combine(backend.dispatch(0, x_TD[token : token + 1].contiguous(), alone))
         assert torch.equal(found_1D[0], whole_TD[token])
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if "hosts" in name])
+def test_exact_outputs_of_experts_elsewhere_have_the_bits_of_experts_here(model, name):
+    here, elsewhere = build_compiled(model), BACKENDS[name](model)
+    for num_tokens in (1, 6, 40):
+        x_TD, assignment = make_tokens(num_tokens), make_assignment(num_tokens)
+        for layer in (0, 1):
+            found_TD = elsewhere.combine(elsewhere.dispatch(layer, x_TD, assignment))
+            assert torch.equal(found_TD, here.combine(here.dispatch(layer, x_TD, assignment)))
 
 
 @pytest.mark.parametrize("routing", ["dense", "top_k=2", "threshold=0.9"])
