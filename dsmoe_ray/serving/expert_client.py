@@ -348,5 +348,5 @@ def _note_failure(call: LayerCall, sent: PieceCall, expert_ids: list[int]) -> No
     host_id = sent.link.info.host_id
     for expert_id in expert_ids:
         call.failures.setdefault(expert_id, {})[host_id] = sent.failure
-        if sent.refusal is not None:
+        if sent.refusal is not None and (not sent.missing or expert_id in sent.missing):
             call.refusing[expert_id, host_id] = sent.refusal

@@ -251,7 +251,8 @@ class ExpertHost:
         is_ours = plan is None or call.on_demand or call.plan_version > plan.version
         if not is_ours and not self._own_LE[call.layer][missing].all():
             named = ", ".join(map(str, missing[:8].tolist()))
-            self._refuse(link, call.call_id, "not_held", f"experts {named} of layer {call.layer} are at other hosts")
+            message = f"experts {named} of layer {call.layer} are at other hosts"
+            self._refuse(link, call.call_id, "not_held", message, missing=tuple(missing.tolist()))
             return
         # What was received is overwritten by the next frame.
         arrays = {name: getattr(call, name).copy() for name in ("x_TD", "expert_ids_TK", "gates_TK")}
@@ -387,9 +388,15 @@ class ExpertHost:
             self._num_late += 1
 
     def _refuse(
-        self, link: _Link, call_id: int, reason: Literal["not_held", "overloaded", "failed"], message: str
+        self,
+        link: _Link,
+        call_id: int,
+        reason: Literal["not_held", "overloaded", "failed"],
+        message: str,
+        *,
+        missing: tuple[int, ...] = (),
     ) -> None:
         with self._lock:
             self._num_refused += 1
-        refusal = ExpertRefusal(call_id=call_id, reason=reason, message=message)
+        refusal = ExpertRefusal(call_id=call_id, reason=reason, message=message, missing=missing)
         link.connection.send(refusal_to_frame(refusal))

@@ -88,6 +88,8 @@ class PieceCall:
     failure: str | None = None
     refusal: str | None = None
     """The reason of a host that is there and does not compute it."""
+    missing: tuple[int, ...] = ()
+    """Experts for whose sake it does not, if not for all."""
 
     @property
     def is_waiting(self) -> bool:
@@ -273,6 +275,7 @@ class PieceCalls:
             sent = self._close(link, refusal.call_id)
             if sent is not None:
                 sent.failure, sent.refusal = f"{refusal.reason}: {refusal.message}", refusal.reason
+                sent.missing = refusal.missing
         elif frame.kind == Kind.PLAN:
             self._take_plan(plan_from_frame(frame).plan)
         else:

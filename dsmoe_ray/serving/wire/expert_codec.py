@@ -19,6 +19,7 @@ from dsmoe_ray.serving.wire.fields import (
     read_array,
     read_choice,
     read_int,
+    read_list,
     read_text,
 )
 from dsmoe_ray.serving.wire.messages import ExpertCall, ExpertRefusal, ExpertResult, Kind
@@ -140,7 +141,12 @@ def check_answer(call: ExpertCall, result: ExpertResult) -> None:
 def refusal_to_frame(refusal: ExpertRefusal) -> Frame:
     """Return the frame of a refusal."""
     message = refusal.message[:_MAX_MESSAGE]
-    header = {"call_id": refusal.call_id, "reason": refusal.reason, "message": message}
+    header = {
+        "call_id": refusal.call_id,
+        "reason": refusal.reason,
+        "message": message,
+        "missing": list(refusal.missing),
+    }
     return Frame(Kind.EXPERT_REFUSAL, header)
 
 
@@ -151,6 +157,7 @@ def refusal_from_frame(frame: Frame) -> ExpertRefusal:
         call_id=read_int(frame, "call_id"),
         reason=read_choice(frame, "reason", _REASONS),
         message=read_text(frame, "message", max_chars=_MAX_MESSAGE),
+        missing=_read_ids(frame, "missing"),
     )
 
 
@@ -200,6 +207,13 @@ def _unpack(frame: Frame, numbers: struct.Struct) -> tuple[Any, ...]:
     if len(payload) != numbers.size:
         raise FrameError(f"the numbers of a frame of kind {frame.kind} take {numbers.size} bytes; found {len(payload)}")
     return numbers.unpack(payload)
+
+
+def _read_ids(frame: Frame, name: str) -> tuple[int, ...]:
+    values = read_list(frame, name)
+    if not all(type(value) is int and 0 <= value <= _MAX_SIZE for value in values):
+        raise FrameError(f"{name} must be integers from 0 to {_MAX_SIZE}")
+    return tuple(values)
 
 
 def _out_of_range(name: str, value: int, low: int, high: int) -> FrameError:

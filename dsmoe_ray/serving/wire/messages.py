@@ -73,6 +73,8 @@ class ExpertRefusal:
     call_id: int
     reason: Literal["not_held", "overloaded", "failed"]
     message: str
+    missing: tuple[int, ...] = ()
+    """Ids of the call's experts that are not held, with ``not_held``; the others may be asked of this host again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

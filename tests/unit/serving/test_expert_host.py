@@ -64,7 +64,7 @@ def test_a_call_for_experts_of_other_hosts_is_refused_with_the_plan_that_says_so
     apply(host, ORDERS)
     plan, refusal = ask(connection, make_call(0, expert_ids=[1, 2], plan_version=3, call_id=8)), receive(connection)
     assert plan == PlanMessage(plan=ORDERS.plan)
-    assert (refusal.call_id, refusal.reason) == (8, "not_held")
+    assert (refusal.call_id, refusal.reason, refusal.missing) == (8, "not_held", (2,))
     assert "experts 2 of layer 0" in refusal.message
     # The plan is on its way already: it is not sent again.
     assert isinstance(ask(connection, make_call(0, expert_ids=[1, 2], plan_version=3)), ExpertRefusal)

@@ -76,7 +76,7 @@ def test_a_result_survives(y):
 
 
 def test_a_refusal_survives_and_its_message_is_kept_short():
-    refusal = ExpertRefusal(call_id=9, reason="not_held", message="layer 3: expert 7 is not held here")
+    refusal = ExpertRefusal(call_id=9, reason="not_held", message="not here: 7 of layer 3", missing=(7,))
     assert refusal_from_frame(over_the_wire(refusal_to_frame(refusal))) == refusal
     long = dataclasses.replace(refusal, message="x" * 10_000)
     assert len(refusal_from_frame(over_the_wire(refusal_to_frame(long))).message) == 2000
@@ -159,7 +159,10 @@ def test_a_wrong_result_is_refused(field, value, blamed):
         result_from_frame(over_the_wire(with_number(frame, RESULT_NUMBERS, field, value)))
 
 
-@pytest.mark.parametrize(("field", "value"), [("call_id", -1), ("call_id", "9"), ("reason", "tired"), ("message", 5)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("call_id", -1), ("call_id", "9"), ("reason", "tired"), ("message", 5), ("missing", [1, -1]), ("missing", 3)],
+)
 def test_a_wrong_refusal_is_refused(field, value):
     frame = refusal_to_frame(ExpertRefusal(call_id=9, reason="failed", message="no"))
     with pytest.raises(FrameError, match=field):
