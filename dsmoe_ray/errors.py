@@ -68,6 +68,10 @@ class DeadlineError(DsmoeError):
     """A request took longer than its caller allows."""
 
 
+class ControllerUnavailableError(DsmoeError):
+    """The controller does not answer now; traffic goes on without it."""
+
+
 class ExchangeError(DsmoeError):
     """A collective failed because a peer is dead, hung or unreachable."""
 

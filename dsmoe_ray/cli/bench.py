@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 from enum import StrEnum
 from typing import Annotated
@@ -14,8 +13,8 @@ from dsmoe_ray.bench import infer, serve, train
 from dsmoe_ray.bench.comparisons import measure_all
 from dsmoe_ray.bench.peer_process import parse_peer
 from dsmoe_ray.bench.settings import Settings
-from dsmoe_ray.cli.train import LOCAL_RAY_ENVIRONMENT
 from dsmoe_ray.errors import ConfigError
+from dsmoe_ray.ray_environment import prepare_local_ray
 
 
 class Subject(StrEnum):
@@ -64,8 +63,7 @@ def command(
         peers=dict(parse_peer(spec) for spec in peer or ()),
     )
     comparisons = _BENCHES[subject].choose_comparisons(only or (), settings)
-    for name, value in LOCAL_RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    prepare_local_ray()
     import torch
 
     from dsmoe_ray.bench.machine import describe_machine

@@ -30,6 +30,7 @@ COMMANDS = {
     "validate": "Check a config; print its parameters, FLOPs, memory and traffic.",
     "inspect": "Describe an artifact and verify its digests.",
     "doctor": "Check this machine: versions, cores, memory, GPU, ports.",
+    "scale": "Show where experts live and what would change now; pin experts, go back to an earlier plan.",
     "bench": "Measure ratios against a named baseline, side by side.",
 }
 

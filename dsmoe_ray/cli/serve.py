@@ -3,17 +3,20 @@
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from dsmoe_ray.config_io import apply_override, load_config, parse_config
-from dsmoe_ray.errors import ConfigError
+from dsmoe_ray.ray_environment import prepare_local_serving
 from dsmoe_ray.serving.config import ServingConfig
 
 _INTERRUPTED = 130
+_LOOK_S = 0.5
 
 
 def command(
@@ -35,6 +38,13 @@ def command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one key; may be given many times.")
     ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Ray cluster, HOST:PORT or 'auto', for expert hosts. By default a local Ray is started.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a model until SIGTERM or Ctrl-C; requests under way end first. A second signal ends at once."""
     wanted = list(overrides or ())
@@ -43,8 +53,9 @@ def command(
     if expert_hosts is not None:
         wanted.append(f"hosts.count={expert_hosts}")
     config = read_serving_config(source, wanted)
-    if config.hosts.count:
-        raise ConfigError("hosts.count must be 0 here")
+    if config.hosts.count or address is not None:
+        _serve_on_ray(config, address)
+        return
     import uvloop
 
     uvloop.run(_serve_in_one_process(config))
@@ -62,6 +73,33 @@ def read_serving_config(source: Path, overrides: Sequence[str]) -> ServingConfig
     for override in overrides:
         apply_override(values, override)
     return parse_config(values, ServingConfig, source="command line")
+
+
+def _serve_on_ray(config: ServingConfig, address: str | None) -> None:
+    if address is None:
+        prepare_local_serving()
+    # Ray takes seconds to load, which a mistake in the config need not wait for.
+    from dsmoe_ray.serving.app import build_app
+    from dsmoe_ray.serving.on_ray.session import ray_application
+
+    stop = threading.Event()
+
+    def ask_to_stop(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(_INTERRUPTED)
+        stop.set()
+
+    config = config.model_copy(update={"artifact": config.artifact.expanduser().absolute()})
+    with ray_application(config, build_app, address=address) as running:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ask_to_stop)
+        typer.echo(f"Ray console: {running.dashboard_url}")
+        typer.echo(f"Experts: dsmoe scale --address {running.ray_address}")
+        typer.echo(f"Serving {config.artifact} at {running.url}/v1 with {config.hosts.count} expert hosts")
+        # A wait without end would keep signals from being handled.
+        while not stop.wait(_LOOK_S):
+            pass
+        typer.echo("Stopping: requests under way end first.", err=True)
 
 
 async def _serve_in_one_process(config: ServingConfig) -> None:

@@ -10,15 +10,12 @@ from rich.console import Console
 from dsmoe_ray.cli.validate import LOG_WIDTH, print_report
 from dsmoe_ray.config_io import load_config
 from dsmoe_ray.errors import ConfigError, TrainingError
+from dsmoe_ray.ray_environment import prepare_local_ray
 from dsmoe_ray.training.config import TrainingRunConfig
 from dsmoe_ray.training.resume import ResumePlan, plan_resume
 from dsmoe_ray.training.run_checks import find_obstacles
 from dsmoe_ray.training.run_directory import RunDirectory, open_run_directory
 from dsmoe_ray.training.validation import build_report
-
-# A local Ray listens on the loopback interface only and reports to nobody. Ray reads the first when it is imported; its
-# name is historical: without a cluster, nodes go by their loopback address on every system.
-LOCAL_RAY_ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def command(
@@ -81,8 +78,7 @@ def _train(
 ) -> None:
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
-        for name, value in LOCAL_RAY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_local_ray()
     from dsmoe_ray.training.fine_tuning import adopt_tokenizer
 
     config = adopt_tokenizer(config)

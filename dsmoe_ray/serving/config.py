@@ -54,6 +54,9 @@ class WireConfig(Config):
     same_node: Literal["auto", "off"] = "auto"
     """Whether ends that share a machine use a Unix socket instead of gRPC."""
     max_frame_bytes: PositiveInt = 64 << 20
+    host: str = "127.0.0.1"
+    """Where routers and hosts can be reached from other machines; ``node`` is the address that the machine has in the
+    cluster. Loopback, the default, keeps an application on one machine."""
 
 
 class ExpertScalingConfig(Config):

@@ -106,6 +106,8 @@ class RouterOrders:
     """Newer than the one of the report."""
     send_plan: bool = False
     """As in ``HostOrders``."""
+    may_leave: bool = False
+    """There is another router that stays."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,9 +91,13 @@ class ReplicaController:
             heartbeat_timeout_s=hosts.heartbeat_timeout_s,
             suspicion_timeout_s=min(_SUSPICION_INTERVALS * scaling.interval_s, hosts.heartbeat_timeout_s),
         )
-        self._recovery: PlanRecovery | None = PlanRecovery(
-            num_hosts=hosts.count, first_wait_s=FIRST_WAIT_S, wait_s=hosts.heartbeat_timeout_s
-        )
+        self._has_hosts = hosts.count > 0
+        """Without any, routers hold all experts, and who lives is all there is to know."""
+        self._recovery: PlanRecovery | None = None
+        if self._has_hosts:
+            self._recovery = PlanRecovery(
+                num_hosts=hosts.count, first_wait_s=FIRST_WAIT_S, wait_s=hosts.heartbeat_timeout_s
+            )
         self._settings = OperatorSettings()
         self._autoscaling: AutoscalingState | None = None
         self._target = PlacementPlan(version=0)
@@ -139,11 +143,14 @@ class ReplicaController:
         """Take a router's report; return what it is to do."""
         if self._fleet.see_router(report, self._clock()):
             self.events.add("router_joined", f"router {report.info.router_id} on node {report.info.node_id}")
+        others = [router for router in self._fleet.routers if router.router_id != report.info.router_id]
+        may_leave = report.info.leaving and not all(router.leaving for router in others)
         if self._recovery is not None:
             self._recovery.take_router(report)
-            return RouterOrders(send_plan=self._recovery.wants_plan_of(report))
+            return RouterOrders(send_plan=self._recovery.wants_plan_of(report), may_leave=may_leave)
         self._outbid(report.plan_version)
-        return RouterOrders(plan=self.plan if report.plan_version < self.plan.version else None)
+        plan = self.plan if report.plan_version < self.plan.version else None
+        return RouterOrders(plan=plan, may_leave=may_leave)
 
     def sync_gateway(self, report: GatewayReport) -> GatewayOrders:
         """Take a gateway's report; return what it is to do."""
@@ -151,7 +158,8 @@ class ReplicaController:
         if self._recovery is not None:
             # Those that an earlier controller knew may not have reported yet.
             return GatewayOrders(routers=None, unready_reason="no controller knows all expert hosts yet")
-        return GatewayOrders(routers=self._fleet.routers, unready_reason=self._explain_unready())
+        routers = tuple(router for router in self._fleet.routers if not router.leaving)
+        return GatewayOrders(routers=routers or self._fleet.routers, unready_reason=self._explain_unready())
 
     # The loop.
 
@@ -163,7 +171,7 @@ class ReplicaController:
             self.events.add("host_lost", f"host {host_id}: {reason}")
         for router_id, reason in losses.routers.items():
             self.events.add("router_lost", f"router {router_id}: {reason}")
-        if self._recovery is not None and not self._finish_recovery(now_s):
+        if not self._has_hosts or (self._recovery is not None and not self._finish_recovery(now_s)):
             return
         self._replan(now_s)
         self._publish(now_s)
@@ -296,7 +304,7 @@ class ReplicaController:
         self._progress_s = now_s
 
     def _explain_unready(self) -> str | None:
-        if not self.plan.replicas:
+        if self._has_hosts and not self.plan.replicas:
             return "no expert host is up"
         return None if self._fleet.routers else "no router is up"
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ import ray
 
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.parallel.config import ParallelConfig
+from dsmoe_ray.ray_environment import check_answers
 from dsmoe_ray.training.placement import Resources
-
-CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -64,25 +62,6 @@ def ray_session(parallel: ParallelConfig, *, address: str | None) -> Iterator[Ra
         yield RaySession(dashboard_url=f"http://{url}" if url else None, is_local=address is None)
     finally:
         ray.shutdown()
-
-
-def check_answers(address: str) -> None:
-    """Refuse a ``HOST:PORT`` where nothing listens: Ray itself goes on trying for minutes.
-
-    Raises:
-        ConfigError: nothing listens there.
-    """
-    host, separator, port = address.rpartition(":")
-    if not separator or not port.isdecimal():
-        # "auto" and the like, which Ray looks up.
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"no Ray cluster answers at {address}: {error}. Check --address and RAY_ADDRESS, or leave both out to "
-            "start a local Ray."
-        ) from error
 
 
 def list_node_resources() -> list[Resources]:

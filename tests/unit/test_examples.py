@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from dsmoe_ray.config_io import load_config
 from dsmoe_ray.model.accounting import count_parameters
+from dsmoe_ray.serving.app import read_args
 from dsmoe_ray.training.config import TrainingRunConfig
 from dsmoe_ray.training.validation import build_report
 
@@ -20,7 +23,10 @@ PAPER = [
 ]
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+SERVING = EXAMPLES / "serve.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(set(EXAMPLES.glob("*.yaml")) - {SERVING}), ids=lambda path: path.stem)
 def test_an_example_passes_its_checks(path):
     report = build_report(load_config(path, TrainingRunConfig))
     assert not report.failed
@@ -44,3 +50,10 @@ def test_the_papers_models_have_the_papers_figures(name, total, twin, trained, s
     assert train.loss.mutual_information_ffn == alpha_ffn
     assert model.ffn.router.inference.top_k == top_k
     assert (train.lr, train.weight_decay, train.clip_norm, train.seq_len) == (3e-4, 0.01, 1.0, 2048)
+
+
+def test_the_application_for_ray_serve_passes_its_checks():
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(SERVING.read_text()))
+    [application] = schema.applications
+    assert application.import_path == "dsmoe_ray.serving.app:build_app"
+    assert read_args(application.args).hosts.count == 2

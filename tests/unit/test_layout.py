@@ -34,7 +34,10 @@ DOORS = {
     "dill": (),
     "marshal": (),
     "shelve": (),
-    "ray": ("data/prepare.py", "training/expert_shard.py", "training/ray_session.py", "training/ray_shard_group.py"),
+    "ray": (
+        *("data/prepare.py", "training/expert_shard.py", "training/ray_session.py", "training/ray_shard_group.py"),
+        *("serving/app.py", "serving/on_ray/"),
+    ),
     "grpc": ("serving/wire/grpc_transport.py", "serving/grpc_api.py", "bench/bare_echo.py"),
     "torch.distributed": ("parallel/", "training/checkpoint.py"),
 }

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from dsmoe_ray.errors import ConfigError
-from dsmoe_ray.training.ray_session import check_answers
+from dsmoe_ray.ray_environment import check_answers
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once():
