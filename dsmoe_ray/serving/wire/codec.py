@@ -6,7 +6,7 @@ whatever buffer the frame lies in. Large payloads are not copied on the way out,
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -64,7 +64,12 @@ def encode_frame(frame: Frame, max_frame_bytes: int) -> tuple[list[Buffer], int]
     """
     kind, payloads = frame.kind, frame.payloads
     header = encode_header(frame.header) if frame.header else _EMPTY_HEADER
-    sizes = [len(each) if type(each) is bytes else _count_bytes(each) for each in payloads]
+    sizes = []
+    for payload in payloads:
+        view = payload if type(payload) is memoryview else memoryview(payload)
+        if not view.c_contiguous:
+            raise FrameError("a frame's payload must be contiguous bytes; found a view with gaps")
+        sizes.append(view.nbytes)
     count = len(sizes)
     if count > MAX_PAYLOADS:
         raise FrameError(f"a frame of kind {kind} has {count} payloads; at most {MAX_PAYLOADS} are allowed")
@@ -74,22 +79,25 @@ def encode_frame(frame: Frame, max_frame_bytes: int) -> tuple[list[Buffer], int]
         total += size + (-size & _MASK)
     if total > max_frame_bytes:
         raise _too_long(total, max_frame_bytes)
-    parts: list[Buffer] = []
     prefix = _PREFIXES[count].pack(_MAGIC, kind, count, len(header), total, *sizes)
-    joined: list[Buffer] = [prefix, header, _PADDINGS[start & _MASK]]
+    return _join_small([prefix, header, _PADDINGS[start & _MASK]], payloads, sizes), total
+
+
+def _join_small(joined: list[Buffer], payloads: Sequence[Buffer], sizes: Sequence[int]) -> list[Buffer]:
+    """Return as few buffers as may be for what a frame begins with and its payloads, without copying large ones."""
+    parts: list[Buffer] = []
     for payload, size in zip(payloads, sizes, strict=True):
-        if size < _JOINED_BYTES:
-            if size:
-                joined.append(payload)
-        else:
+        if size >= _JOINED_BYTES:
             parts.append(b"".join(joined))
             parts.append(payload)
             joined.clear()
+        elif size:
+            joined.append(payload)
         if size & _MASK:
             joined.append(_PADDINGS[size & _MASK])
     if joined:
         parts.append(b"".join(joined))
-    return parts, total
+    return parts
 
 
 Prefix = tuple[int, int, int, int]
@@ -150,13 +158,6 @@ def _decode_header(packed: memoryview) -> dict[str, Any]:
     if type(header) is not dict:
         raise FrameError(f"a frame's header must be a mapping; found {type(header).__name__}")
     return header
-
-
-def _count_bytes(payload: Buffer) -> int:
-    view = memoryview(payload)
-    if not view.c_contiguous:
-        raise FrameError("a frame's payload must be contiguous bytes; found a view with gaps")
-    return view.nbytes
 
 
 def _too_long(num_bytes: int, max_frame_bytes: int) -> FrameError:

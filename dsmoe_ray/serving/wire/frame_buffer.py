@@ -38,6 +38,11 @@ class FrameBuffer:
         return decode_frame(self._buffer[start : self._start], prefix)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing was received that was not given away."""
+        return self._start == self._end
+
+    @property
     def wants_all(self) -> bool:
         """Whether ``space`` is what a frame still lacks, and no byte more."""
         return self._prefix is not None
@@ -45,6 +50,9 @@ class FrameBuffer:
     def space(self) -> memoryview:
         """Return where the next received bytes belong, at least one byte."""
         prefix = self._prefix
+        if self._start == self._end and len(self._buffer) <= _MAX_KEPT_BYTES:
+            self._start = self._end = 0
+            return self._buffer
         wanted = _READ_AHEAD_BYTES if prefix is None else prefix[-1]
         if self._start == self._end or self._start + wanted > len(self._buffer):
             self._make_room(wanted)

@@ -81,20 +81,15 @@ class SocketConnection:
         """Return the next frame, None if there is none within ``timeout_s``."""
         with self._receive_lock:
             deadline_s = None if timeout_s is None else monotonic_s() + timeout_s
-            while True:
-                self._check_open()
-                try:
-                    frame = self._received.take_frame()
-                except FrameError as error:
-                    if self.peer:  # A failed handshake is logged by whoever shakes hands.
-                        _logger.warning("%s, %s, is cut off: %s", self._peer_name, self.peer, error)
-                    raise self._lose(f"it sent what is no frame; {error}") from error
-                if frame is not None:
-                    return frame
-                if not self._read(timeout_s):
-                    return None
+            self._check_open()
+            if self._received.is_empty and not self._read(timeout_s):
+                return None
+            while (frame := self._take_frame()) is None:
                 if deadline_s is not None:
                     timeout_s = deadline_s - monotonic_s()
+                if not self._read(timeout_s):
+                    return None
+            return frame
 
     def close(self) -> None:
         """End the stream."""
@@ -105,6 +100,14 @@ class SocketConnection:
         # Woken by the shutdown, other threads are out of the socket in no time; its number may be reused only then.
         with self._send_lock, self._receive_lock:
             self._socket.close()
+
+    def _take_frame(self) -> Frame | None:
+        try:
+            return self._received.take_frame()
+        except FrameError as error:
+            if self.peer:  # A failed handshake is logged by whoever shakes hands.
+                _logger.warning("%s, %s, is cut off: %s", self._peer_name, self.peer, error)
+            raise self._lose(f"it sent what is no frame; {error}") from error
 
     def _read(self, timeout_s: float | None) -> bool:
         """Receive some bytes; False if none came in time."""
