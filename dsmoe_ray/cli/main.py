@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": "Describe an artifact and verify its digests.",
     "doctor": "Check this machine: versions, cores, memory, GPU, ports.",
     "scale": "Show where experts live and what would change now; pin experts, go back to an earlier plan.",
+    "simulate-scaling": "Replay a routing trace through the scaling decisions.",
     "bench": "Measure ratios against a named baseline, side by side.",
 }
 

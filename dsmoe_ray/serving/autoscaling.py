@@ -25,6 +25,8 @@ _DELAY_TOLERANCE_S = 1e-6
 _ROUNDING = 1e-9
 # Fewer tokens than this within a half-life are the fading memory of a token, not a load.
 _IDLE_TOKENS = 0.5
+_LEAST_BUSY_EXPERTS = 8
+_MEDIAN_OF_SQUARED_NORMAL = 0.4549
 # Speed of a host changes slowly, and is measured only while there is work.
 _CAPACITY_HALF_LIFE_S = 10.0
 
@@ -57,10 +59,10 @@ class AutoscalingState:
     replicas_E: np.ndarray
     """Replicas decided last."""
     loads_E: np.ndarray
-    variances_E: np.ndarray
-    """Of the loads of single intervals around their average."""
     waiting: Waiting
     observed_at_s: float | None = None
+    dispersion: float = 1.0
+    """Variance over mean of the tokens of an interval: 1 where they come independently, more where in bursts."""
     tokens: float = 0.0
     """With ``busy_s`` the fading sums that give a host's speed."""
     busy_s: float = 0.0
@@ -78,7 +80,11 @@ def start_autoscaling(
         experts: All experts of the model.
         config: Gives the number of replicas where ``replicas`` does not.
         replicas: Replicas that exist already, as a controller finds them that was started anew.
+
+    Raises:
+        ConfigError: a pinned expert is none of this model.
     """
+    _pinned(tuple(experts), config)
     held = replicas or {}
     counts = [held.get(expert, config.min_replicas) for expert in experts]
     zeros_E = np.zeros(len(counts))
@@ -86,7 +92,6 @@ def start_autoscaling(
         experts=tuple(experts),
         replicas_E=np.array(counts, dtype=np.int64),
         loads_E=zeros_E,
-        variances_E=zeros_E,
         waiting=_no_waiting(len(counts)),
     )
 
@@ -100,7 +105,6 @@ def decide(
 
     Raises:
         ValueError: time did not go on since the last observation, or it is of another number of experts.
-        ConfigError: a pinned expert is none of this model.
     """
     num_tokens_E = np.asarray(observation.num_tokens_E, dtype=np.float64)
     if num_tokens_E.shape != state.loads_E.shape:
@@ -133,17 +137,30 @@ def _average(
         raise ValueError(f"time must go on between observations; found {state.observed_at_s} s, then {now_s} s")
     keep = 0.5 ** (duration_s / config.look_back_s)
     difference_E = num_tokens_E / duration_s - state.loads_E
-    variances_E = keep * (state.variances_E + (1 - keep) * difference_E**2)
+    dispersion = keep * state.dispersion + (1 - keep) * _measure_dispersion(state.loads_E, difference_E, duration_s)
     keep_capacity = 0.5 ** (duration_s / _CAPACITY_HALF_LIFE_S) if busy_s > 0 else 1.0
     averaged = replace(
         state,
         observed_at_s=now_s,
         loads_E=state.loads_E + (1 - keep) * difference_E,
-        variances_E=variances_E,
+        dispersion=dispersion,
         tokens=keep_capacity * state.tokens + (float(num_tokens_E.sum()) if busy_s > 0 else 0.0),
         busy_s=keep_capacity * state.busy_s + busy_s,
     )
-    return averaged, np.sqrt(variances_E * (1 - keep) / (1 + keep))
+    # The variance of a moving average is (1 - keep) / (1 + keep) of that of its terms.
+    return averaged, np.sqrt(dispersion * averaged.loads_E / duration_s * (1 - keep) / (1 + keep))
+
+
+def _measure_dispersion(loads_E: np.ndarray, difference_E: np.ndarray, duration_s: float) -> float:
+    """Return the variance over the mean of this interval's tokens, at least 1.
+
+    The median over experts, so that those whose load has just changed do not pass for chance.
+    """
+    is_busy = loads_E * duration_s >= 1
+    if is_busy.sum() < _LEAST_BUSY_EXPERTS:
+        return 1.0
+    ratios = difference_E[is_busy] ** 2 * duration_s / loads_E[is_busy]
+    return max(1.0, float(np.median(ratios)) / _MEDIAN_OF_SQUARED_NORMAL)
 
 
 def _replica_load(state: AutoscalingState, config: ExpertScalingConfig) -> float | None:

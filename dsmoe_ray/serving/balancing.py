@@ -1,11 +1,13 @@
 """The load of hosts made even by few moves.
 
-A host above its limit gives replicas to, or exchanges them with, the least loaded hosts, until it is within the limit
+A host above its limit gives replicas to, or exchanges them with, the least loaded hosts, until it is at the goal
 or nothing helps, as with one expert too large for any host. A move that suffices is preferred over an exchange, which
 loads two experts; among equals the one that leaves the two hosts most alike.
 
 Shape letters: E experts, H hosts.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,16 +19,30 @@ _NUM_PARTNERS = (12, 64)
 _NUM_TRIES = 256
 # What gains less, in mean loads, is not worth its bytes unless it suffices.
 _LEAST_GAIN = 5e-3
+_MAX_ROUNDS = 2
 _EMPTY = -1
+
+
+class _Exchange(NamedTuple):
+    """An expert moves from a source to a target, and another one, if any, back."""
+
+    expert: int
+    source: int
+    target: int
+    other: int = _EMPTY
+
+    def reversed(self) -> "_Exchange":
+        """Return what undoes it."""
+        return _Exchange(self.expert, self.target, self.source, self.other)
 
 
 def spread_over_nodes(packing: Packing) -> None:
     """Move replicas that share a node to hosts on other nodes, where there is room."""
-    num_nodes = len(np.unique(packing.node_H))
-    for expert, hosts in enumerate(packing.hosts_of):
-        if len(hosts) < 2 or num_nodes < 2:
-            continue
-        while len({int(packing.node_H[host]) for host in hosts}) < min(len(hosts), num_nodes):
+    nodes = packing.node_H.tolist()
+    num_nodes = len(set(nodes))
+    for expert in np.flatnonzero(packing.counts_E > 1).tolist():
+        hosts = packing.hosts_of[expert]
+        while len({nodes[host] for host in hosts}) < min(len(hosts), num_nodes):
             allowed_H = packing.free_H >= packing.bytes_E[expert]
             candidates = np.flatnonzero(allowed_H & ~np.isin(packing.node_H, packing.node_H[hosts]))
             if not len(candidates):
@@ -38,49 +54,69 @@ def spread_over_nodes(packing: Packing) -> None:
             packing.add(expert, target)
 
 
-def balance(packing: Packing, limit_H: np.ndarray) -> None:
-    """Bring every host within its limit, as far as moves and exchanges can; once more changes nothing."""
-    has_changed = True
-    while has_changed:
+def balance(packing: Packing, trigger_H: np.ndarray, goal: float) -> None:
+    """Bring every host whose load is above its trigger down to the goal, as far as moves and exchanges can.
+
+    Once more changes nothing. The goal is at most any trigger. The distance between them is what may be chance: it
+    moves no expert by itself, and relief that is smaller and does not reach the goal is not worth its bytes.
+    """
+    for _ in range(_MAX_ROUNDS):
         has_changed = False
         is_stuck_H = np.zeros(packing.num_hosts, dtype=bool)
         while True:
-            excess_H = np.where(is_stuck_H, -np.inf, packing.load_H - limit_H)
+            excess_H = np.where(is_stuck_H, -np.inf, packing.load_H - trigger_H)
             source = int(np.argmax(excess_H))
             if excess_H[source] <= 0:
                 break
-            if any(_relieve(packing, source, limit_H, num_partners) for num_partners in _NUM_PARTNERS):
-                # What was tried before on others may help now.
-                has_changed = bool(is_stuck_H.any()) or has_changed
-            else:
-                is_stuck_H[source] = True
+            # What was tried before on others may help now.
+            has_changed |= _relieve(packing, source, goal, float(trigger_H[source])) and bool(is_stuck_H.any())
+            is_stuck_H[source] = packing.load_H[source] > trigger_H[source]
+        if not has_changed:
+            break
 
 
-def _relieve(packing: Packing, source: int, limit_H: np.ndarray, num_partners: int) -> bool:
-    """Make the best move or exchange between a host and the least loaded ones; return whether there was any."""
+def _relieve(packing: Packing, source: int, goal: float, trigger: float) -> bool:
+    """Bring a host down to the goal; return whether anything changed."""
+    before = packing.load_H[source]
+    done: list[_Exchange] = []
+    while packing.load_H[source] > goal:
+        exchange = next(filter(None, (_find(packing, source, goal, num) for num in _NUM_PARTNERS)), None)
+        if exchange is None:
+            break
+        _apply(packing, exchange)
+        done.append(exchange)
+    if packing.load_H[source] > goal and before - packing.load_H[source] < trigger - goal:
+        for exchange in reversed(done):
+            _apply(packing, exchange.reversed())
+        return False
+    return bool(done)
+
+
+def _find(packing: Packing, source: int, goal: float, num_partners: int) -> _Exchange | None:
+    """Return the best move or exchange between a host and the least loaded ones, None if none is worth it."""
     own = packing.sorted_on(source)
     partners, others = _partners(packing, source, num_partners)
     if not len(own) or not len(partners):
-        return False
+        return None
     other_shares = np.where(others == _EMPTY, 0.0, packing.shares_E[others])
     differences = packing.shares_E[own][:, None] - other_shares[None, :]
     after_source = packing.load_H[source] - differences
     after_partner = packing.load_H[partners][None, :] + differences
     higher = np.maximum(after_source, after_partner)
     mean = float(packing.load_H.mean())
-    is_enough = (after_source <= limit_H[source]) & (after_partner <= limit_H[partners][None, :])
+    is_enough = (after_source <= goal) & (after_partner <= goal)
     useful = is_enough | (higher < packing.load_H[source] - _LEAST_GAIN * mean)
     other_bytes = np.where(others == _EMPTY, 0, packing.bytes_E[others])
     added_bytes = packing.bytes_E[own][:, None] - other_bytes[None, :]
     fits = (added_bytes <= packing.free_H[partners][None, :]) & (-added_bytes <= packing.free_H[source])
     fits &= _may_take(packing, source, own)[:, partners] & ~np.isin(others, own)[None, :]
     tier = np.where(is_enough, np.where(others == _EMPTY, 0, 1)[None, :], 2)
-    order = _first_by(tier, higher, useful & fits)
-    for position in order:
+    for position in _first_by(tier, higher, useful & fits):
         expert, column = int(own[position // len(partners)]), int(position % len(partners))
-        if _try_exchange(packing, source, int(partners[column]), expert, int(others[column])):
-            return True
-    return False
+        exchange = _Exchange(expert, source, int(partners[column]), int(others[column]))
+        if exchange.other == _EMPTY or packing.may_go(exchange.other, exchange.target, source):
+            return exchange
+    return None
 
 
 def _partners(packing: Packing, source: int, num_partners: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,13 +154,10 @@ def _first_by(tier: np.ndarray, higher: np.ndarray, useful: np.ndarray) -> list[
     return positions[np.lexsort((positions, values, tiers))].tolist()
 
 
-def _try_exchange(packing: Packing, source: int, target: int, expert: int, other: int) -> bool:
-    """Move ``expert`` to the target and ``other`` back, if that one may go there."""
-    if other != _EMPTY:
-        if not packing.may_go(other, target, source):
-            return False
-        packing.remove(other, target)
-        packing.add(other, source)
-    packing.remove(expert, source)
-    packing.add(expert, target)
-    return True
+def _apply(packing: Packing, exchange: _Exchange) -> None:
+    """Move the one expert, and the other one back if there is one."""
+    if exchange.other != _EMPTY:
+        packing.remove(exchange.other, exchange.target)
+        packing.add(exchange.other, exchange.source)
+    packing.remove(exchange.expert, exchange.source)
+    packing.add(exchange.expert, exchange.target)

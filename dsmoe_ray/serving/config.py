@@ -71,7 +71,7 @@ class ExpertScalingConfig(Config):
     downscale_delay_s: float = Field(default=30.0, ge=0)
     downscale_margin_ratio: float = Field(default=0.1, ge=0, lt=1)
     """A replica goes only if the others stay below the target by this share of it, so that none comes and goes."""
-    look_back_s: PositiveFloat = 2.0
+    look_back_s: PositiveFloat = 1.0
     """Half-life of the moving average of an expert's load."""
     tokens_per_replica_s: PositiveFloat | None = None
     """Load that one replica takes; by default measured from the hosts' compute time."""

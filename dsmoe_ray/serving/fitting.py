@@ -25,7 +25,7 @@ def grant_replicas(packing: Packing, wanted_E: np.ndarray) -> np.ndarray:
     budget = _usable_bytes(packing)
     if int((wanted_E * packing.bytes_E).sum()) <= budget:
         return wanted_E
-    held_E = packing.count_replicas()
+    held_E = packing.counts_E
     urgency_E = packing.loads_E * np.where(held_E > 0, _STAY_RATIO, 1.0)
     order = np.lexsort((np.arange(len(wanted_E)), -urgency_E))
     order = order[wanted_E[order] > 0]
@@ -61,9 +61,8 @@ def _usable_bytes(packing: Packing) -> int:
 
 def drop_surplus(packing: Packing, granted_E: np.ndarray) -> None:
     """Remove replicas beyond the granted counts and beyond a host's memory."""
-    held_E = packing.count_replicas()
-    for expert in np.flatnonzero(held_E > granted_E).tolist():
-        while len(packing.hosts_of[expert]) > granted_E[expert]:
+    for expert in np.flatnonzero(packing.counts_E > granted_E).tolist():
+        while packing.counts_E[expert] > granted_E[expert]:
             hosts = packing.hosts_of[expert]
             leaver = max(hosts, key=lambda host: (packing.num_on_node(expert, host) > 1, packing.load_H[host], -host))
             packing.remove(expert, leaver)
@@ -75,7 +74,7 @@ def drop_surplus(packing: Packing, granted_E: np.ndarray) -> None:
 
 def add_missing(packing: Packing, granted_E: np.ndarray) -> None:
     """Add replicas up to the granted counts, as far as there is room for them."""
-    missing_E = np.maximum(granted_E - packing.count_replicas(), 0)
+    missing_E = np.maximum(granted_E - packing.counts_E, 0)
     if not missing_E.any():
         return
     order = np.lexsort((np.arange(len(granted_E)), -packing.shares_E))

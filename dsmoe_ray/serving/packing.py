@@ -32,28 +32,31 @@ class Packing:
         self._sorted_on: list[np.ndarray | None] = [None] * len(memory_H)
         self.free_H = memory_H.copy()
         self.num_changes = 0
+        self.changed: set[int] = set()
+        """Experts that were put on or taken off a host."""
         self.load_H = np.zeros(len(memory_H))
         self.shares_E = np.zeros(len(loads_E))
+        self.counts_E = np.fromiter(map(len, self.hosts_of), dtype=np.int64, count=len(self.hosts_of))
+        """Replicas of each expert."""
+        self._host_of_replica: np.ndarray | None = None
         for expert, hosts in enumerate(self.hosts_of):
             for host in hosts:
                 self.experts_on[host].add(expert)
         self.free_H -= self.sum_over_hosts(bytes_E).astype(np.int64)
-        self.share_out(self.count_replicas())
+        self.share_out(self.counts_E)
 
     @property
     def num_hosts(self) -> int:
         """Return the number of hosts."""
         return len(self.memory_H)
 
-    def count_replicas(self) -> np.ndarray:
-        """Return the number of replicas of each expert."""
-        return np.fromiter(map(len, self.hosts_of), dtype=np.int64, count=len(self.hosts_of))
-
     def sum_over_hosts(self, values_E: np.ndarray) -> np.ndarray:
         """Return for each host the sum of a value over the experts that it holds."""
-        counts_E = self.count_replicas()
-        host_of_replica = np.fromiter(chain.from_iterable(self.hosts_of), dtype=np.int64, count=int(counts_E.sum()))
-        return np.bincount(host_of_replica, weights=np.repeat(values_E, counts_E), minlength=self.num_hosts)
+        if self._host_of_replica is None:
+            total = int(self.counts_E.sum())
+            self._host_of_replica = np.fromiter(chain.from_iterable(self.hosts_of), dtype=np.int64, count=total)
+        weights = np.repeat(values_E, self.counts_E)
+        return np.bincount(self._host_of_replica, weights=weights, minlength=self.num_hosts)
 
     def share_out(self, counts_E: np.ndarray) -> None:
         """Give every replica an equal share of its expert's load, as if there were ``counts_E`` of them."""
@@ -72,7 +75,7 @@ class Packing:
         self.hosts_of[expert].append(host)
         self.experts_on[host].add(expert)
         self._sorted_on[host] = None
-        self.num_changes += 1
+        self._note_change(expert, 1)
         self.free_H[host] -= self.bytes_E[expert]
         self.load_H[host] += self.shares_E[expert]
 
@@ -81,9 +84,15 @@ class Packing:
         self.hosts_of[expert].remove(host)
         self.experts_on[host].remove(expert)
         self._sorted_on[host] = None
-        self.num_changes += 1
+        self._note_change(expert, -1)
         self.free_H[host] += self.bytes_E[expert]
         self.load_H[host] -= self.shares_E[expert]
+
+    def _note_change(self, expert: int, difference: int) -> None:
+        self.counts_E[expert] += difference
+        self.num_changes += 1
+        self.changed.add(expert)
+        self._host_of_replica = None
 
     def num_on_node(self, expert: int, host: int) -> int:
         """Return how many replicas of an expert share the node of a host."""

@@ -7,7 +7,7 @@ that reads it when a token wants it. If nothing has to change, the plan in force
 Shape letters: E experts, H hosts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,7 +33,8 @@ class BalanceLimits:
     slack_ratio: float = 0.015
     """Share by which a host may exceed the mean load."""
     num_deviations: float = 3.0
-    """How many standard errors of its measured load it may exceed that by: chance is no reason to move an expert."""
+    """How many standard errors of its measured load it may exceed that by before experts move. Then they move until
+    it is back within the slack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +119,17 @@ class _Start:
     warm: list[list[int]]
     homes: dict[int, int]
     """Host by position of a cold expert."""
+    is_whole: bool
+    """Whether it names every expert and no host is gone."""
 
 
 def _read(experts: tuple[LogicalExpert, ...], host_ids: list[str], current: PlacementPlan | None) -> _Start:
     if current is None:
-        return _Start(host_ids, [[] for _ in experts], {})
+        return _Start(host_ids, [[] for _ in experts], {}, False)
     numbers = {host_id: number for number, host_id in enumerate(host_ids)}
     replicas = current.replicas
     warm = [[numbers[host_id] for host_id in replicas.get(expert, ()) if host_id in numbers] for expert in experts]
+    is_whole = len(replicas) == len(experts) and sum(map(len, replicas.values())) == sum(map(len, warm))
     homes: dict[int, int] = {}
     if current.cold:
         for position, expert in enumerate(experts):
@@ -133,7 +137,7 @@ def _read(experts: tuple[LogicalExpert, ...], host_ids: list[str], current: Plac
                 if warm[position]:
                     homes[position] = warm[position][0]
                 warm[position] = []
-    return _Start(host_ids, warm, homes)
+    return _Start(host_ids, warm, homes, is_whole)
 
 
 def _number_nodes(node_ids: list[str]) -> np.ndarray:
@@ -154,18 +158,17 @@ def _pack(packing: Packing, demand: ExpertDemand, start: _Start, limits: Balance
         num_changes = packing.num_changes
         add_missing(packing, granted_E)
         spread_over_nodes(packing)
-        packing.share_out(packing.count_replicas())
-        balance(packing, _host_limits(packing, demand, limits))
+        packing.share_out(packing.counts_E)
+        goal = float(packing.load_H.mean()) * (1 + limits.slack_ratio + _ROUNDING)
+        balance(packing, goal + limits.num_deviations * _host_errors(packing, demand), goal)
         if packing.num_changes == num_changes:
             break
 
 
-def _host_limits(packing: Packing, demand: ExpertDemand, limits: BalanceLimits) -> np.ndarray:
-    """Return the load that each host may have."""
-    counts_E = np.maximum(packing.count_replicas(), 1)
-    errors_H = np.sqrt(packing.sum_over_hosts((demand.load_errors_E / counts_E) ** 2))
-    mean = float(packing.load_H.mean())
-    return mean * (1 + limits.slack_ratio + _ROUNDING) + limits.num_deviations * errors_H
+def _host_errors(packing: Packing, demand: ExpertDemand) -> np.ndarray:
+    """Return the standard error of each host's load."""
+    counts_E = np.maximum(packing.counts_E, 1)
+    return np.sqrt(packing.sum_over_hosts((demand.load_errors_E / counts_E) ** 2))
 
 
 def _result(
@@ -176,31 +179,33 @@ def _result(
     start: _Start,
 ) -> Placement:
     """Turn the packed board into a plan and its events; experts that did not change keep their entries."""
-    homes = _homes(packing, start) if start.host_ids else {}
     before = current.replicas if current else {}
     cold_before = current.cold if current else frozenset()
-    replicas: dict[LogicalExpert, tuple[str, ...]] = {}
+    changed = sorted(packing.changed) if start.is_whole else range(len(demand.experts))
+    replicas = dict(before) if start.is_whole else {}
+    homes = _homes(packing, start, changed) if start.host_ids else {}
     events = []
-    for position, (expert, numbers) in enumerate(zip(demand.experts, packing.hosts_of, strict=True)):
+    for position in changed:
+        expert, numbers = demand.experts[position], packing.hosts_of[position]
         chosen = numbers or ([homes[position]] if position in homes else [])
         host_ids = tuple(start.host_ids[number] for number in chosen)
         old = before.get(expert, ())
-        is_same = len(old) == len(host_ids) and (old == host_ids or set(old) == set(host_ids))
-        replicas[expert] = old if is_same else host_ids
+        replicas[expert] = old if len(old) == len(host_ids) and set(old) == set(host_ids) else host_ids
         warm_before = () if expert in cold_before else old
         warm_after = replicas[expert] if numbers else ()
         if set(warm_before) != set(warm_after):
             events.append(_event(position, demand, warm_before, warm_after, hosts))
-    cold = frozenset(demand.experts[position] for position in homes)
+    cold = (cold_before if start.is_whole else frozenset()).difference(demand.experts[position] for position in changed)
+    cold = cold.union(demand.experts[position] for position in homes)
     return _placement(packing, demand, events, (hosts, replicas, cold), current)
 
 
-def _homes(packing: Packing, start: _Start) -> dict[int, int]:
-    """Return the host of every expert that is not in memory: where it was, or the one with the fewest such."""
+def _homes(packing: Packing, start: _Start, changed: Iterable[int]) -> dict[int, int]:
+    """Return the host of those experts that are not in memory: where it was, or the one with the fewest such."""
     homes: dict[int, int] = {}
     homeless = []
-    for expert, hosts in enumerate(packing.hosts_of):
-        if hosts:
+    for expert in changed:
+        if packing.hosts_of[expert]:
             continue
         if expert in start.homes:
             homes[expert] = start.homes[expert]
@@ -268,8 +273,6 @@ def _placement(
         moved_bytes=sum(sizes[event.expert] * len(event.added) for event in events),
         max_over_mean=float(packing.load_H.max()) / total * packing.num_hosts if total > 0 else 1.0,
         lacking=tuple(
-            expert
-            for expert, hosts_of, wanted in zip(demand.experts, packing.hosts_of, demand.replicas_E, strict=True)
-            if wanted > 0 and not hosts_of
+            demand.experts[position] for position in np.flatnonzero((demand.replicas_E > 0) & (packing.counts_E == 0))
         ),
     )
