@@ -81,7 +81,10 @@ def build_engine(
     tokenizer = parse_tokenizer(
         published.tokenizer_json, source="the bench's tokenizer", vocab_size=published.model_config.vocab_size
     )
-    return Engine(runner or build_runner(load_model(published, device=torch.device("cpu")), config), tokenizer, config)
+    if runner is None:
+        model = load_model(published, device=torch.device("cpu"))
+        runner = build_runner(model, config, release_pages=published.release_pages)
+    return Engine(runner, tokenizer, config)
 
 
 def build_engine_config(workload: EngineWorkload, batch_size: int, **options: Any) -> EngineConfig:

@@ -34,8 +34,10 @@ MODEL = ModelConfig.model_validate(
         "ffn": {"kind": "moe", "num_experts": 4, "d_ff": 4},
     }
 )
-SOON_S = 20.0
-"""Far below the collectives' timeout, so that passing means the failure was noticed and not waited out."""
+TIMEOUT_S = 900.0
+SOON_S = 120.0
+"""Far below the collectives' timeout, so that passing means the failure was noticed and not waited out; and far above
+the second or two it takes, as a rank is released only when its neighbours have left, which a busy machine delays."""
 
 
 def _join(config, rank, port):
@@ -82,17 +84,17 @@ def _replace(rank, config, next_port):
 
 @pytest.mark.parametrize("lost_rank", [0, 1], ids=["rank 0, which keeps the store", "rank 1"])
 def test_a_survivor_learns_who_was_lost_and_goes_on_with_a_fresh_process(lost_rank):
-    config = ParallelConfig(ep=2, timeout_s=60.0)
+    config = ParallelConfig(ep=2, timeout_s=TIMEOUT_S)
     port, next_port = free_port(), free_port()
     ranks = [RankProcess(_survive, rank, config, port, lost_rank, next_port) for rank in range(2)]
     with pytest.raises(AssertionError, match="exit code -9"):
-        ranks[lost_rank].result()
+        ranks[lost_rank].result(SOON_S)
     replacement = RankProcess(_replace, lost_rank, config, next_port)
-    message, total, gathered = ranks[1 - lost_rank].result()
+    message, total, gathered = ranks[1 - lost_rank].result(SOON_S)
     assert "trunk gradients failed on rank" in message
     assert f"rank {lost_rank}" in message.lower()
     assert (total, gathered) == (3.0, [0.0, 0.0, 1.0, 1.0])
-    assert replacement.result() == (3.0, [0.0, 0.0, 1.0, 1.0])
+    assert replacement.result(SOON_S) == (3.0, [0.0, 0.0, 1.0, 1.0])
 
 
 def _leave_after_failure(rank, config, port):
@@ -102,10 +104,10 @@ def _leave_after_failure(rank, config, port):
 
 
 def test_survivors_that_wait_on_a_survivor_are_released_when_it_leaves():
-    config = ParallelConfig(ep=2, dp_replicate=2, timeout_s=60.0)
+    config = ParallelConfig(ep=2, dp_replicate=2, timeout_s=TIMEOUT_S)
     port = free_port()
     ranks = [RankProcess(_leave_after_failure, rank, config, port) for rank in range(4)]
-    messages = [ranks[rank].result() for rank in range(3)]
+    messages = [ranks[rank].result(SOON_S) for rank in range(3)]
     assert all("trunk gradients failed on rank" in message for message in messages)
     assert any("Not heard of" in message and "rank 3" in message for message in messages)
 
@@ -130,7 +132,7 @@ def _lose_a_peer_of_fsdp(rank, config, port):
 
 
 def test_a_lost_peer_of_fsdp_is_an_exchange_error_too():
-    config = ParallelConfig(dp_shard=2, timeout_s=60.0)
+    config = ParallelConfig(dp_shard=2, timeout_s=TIMEOUT_S)
     port = free_port()
     survivor, _ = [RankProcess(_lose_a_peer_of_fsdp, rank, config, port) for rank in range(2)]
     message = survivor.result(SOON_S)
