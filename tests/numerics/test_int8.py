@@ -7,11 +7,11 @@ hundred terms of size one differ from the unrounded by a few 1e-5, outputs after
 import pytest
 import torch
 
-from dsmoe_ray.inference.cpu_experts import CpuExperts, experts_of
+from dsmoe_ray.inference.cpu_experts import CpuExperts
 from dsmoe_ray.inference.cpu_runner import CpuRunner, count_block_bytes
 from dsmoe_ray.inference.int8_weights import pack, pack_experts, pack_model
 from dsmoe_ray.inference.routing import resolve_routing
-from dsmoe_ray.inference.sparse_experts import StackedWeights
+from dsmoe_ray.inference.sparse_experts import StackedWeights, experts_of
 from dsmoe_ray.model.dispatch import ExpertAssignment
 from tests.fakes.paged_sequences import PagedSequences
 from tests.fakes.runner_kinds import MAX_SEQS, MAX_TOKENS, make_model, widen, with_kernels
