@@ -20,8 +20,9 @@ from dsmoe_ray.serving.wire.tls import TlsFiles
 
 SCHEME = "grpc://"
 _SERVICE, _METHOD = "dsmoe.Wire", "Connect"
-_KEEPALIVE_MS = 2000
-"""A peer that answers no ping for twice that long is gone."""
+_PING_EVERY_MS = 2000
+_PING_TIMEOUT_MS = 4000
+"""A peer that answers no ping for so long is gone. On a machine with too much to do a second is nothing."""
 _CLOSE_GRACE_S = 2.0
 """How long the other end may take to read what was sent before this end closed."""
 
@@ -154,14 +155,14 @@ def _options(max_frame_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", max_frame_bytes),
         ("grpc.max_send_message_length", max_frame_bytes),
         # A peer that answers no ping is gone, whatever TCP says.
-        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", _KEEPALIVE_MS),
-        ("grpc.http2.ping_timeout_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_time_ms", _PING_EVERY_MS),
+        ("grpc.keepalive_timeout_ms", _PING_TIMEOUT_MS),
+        ("grpc.http2.ping_timeout_ms", _PING_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 1),
         # The pings of this probe would stand in the way of those above, and add traffic; the window is fixed instead.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.http2.min_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+        ("grpc.http2.min_ping_interval_without_data_ms", _PING_EVERY_MS // 2),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.http2.max_frame_size", 1 << 20),
         ("grpc.http2.lookahead_bytes", 4 << 20),
