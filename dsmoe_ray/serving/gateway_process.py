@@ -1,4 +1,4 @@
-"""A gateway among other processes: the HTTP application, and the routers that the controller names. Without torch."""
+"""A gateway among other processes: its APIs, and the routers that the controller names. Without torch."""
 
 import asyncio
 import logging
@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.serving.control import GatewayOrders, GatewayReport, RouterInfo
 from dsmoe_ray.serving.gateway import Gateway
+from dsmoe_ray.serving.grpc_api import GrpcApi
 from dsmoe_ray.serving.http_app import build_http_app
 from dsmoe_ray.serving.openai_api.served_model import ServedModel
 from dsmoe_ray.serving.process_setup import ProcessSetup
@@ -38,6 +39,20 @@ class GatewayProcess:
             explain_unready=self._explain_unready,
         )
         self.app: FastAPI = build_http_app(self.gateway)
+        # A new gateway begins before an old one has ended.
+        self._grpc_api = GrpcApi(self.gateway, config.grpc, shares_port=True)
+
+    async def start(self) -> None:
+        """Serve gRPC where that is configured.
+
+        Raises:
+            UserError: the address cannot be had.
+        """
+        await self._grpc_api.start()
+
+    async def stop(self) -> None:
+        """Let calls over gRPC end within the time for that."""
+        await self._grpc_api.stop(self._setup.config.http.drain_s)
 
     def sync(self, send: Callable[[GatewayReport], GatewayOrders]) -> None:
         """Report once and do what is answered; on a thread of its own."""

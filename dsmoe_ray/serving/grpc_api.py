@@ -47,36 +47,47 @@ _logger = logging.getLogger(__name__)
 class GrpcApi:
     """A gRPC server in front of a gateway; of one event loop."""
 
-    def __init__(self, gateway: Gateway, config: GrpcConfig, *, authorize: Authorize | None = None) -> None:
+    def __init__(
+        self, gateway: Gateway, config: GrpcConfig, *, authorize: Authorize | None = None, shares_port: bool = False
+    ) -> None:
         """Make a server that does not listen yet.
 
         Args:
             gateway: What is behind it.
             config: Where to listen.
             authorize: Is given the metadata of everything but the health; by default all callers may.
+            shares_port: Whether other gateways of this machine may listen at the same port.
         """
         self._gateway, self._config, self._authorize = gateway, config, authorize
+        self._shares_port = shares_port
         self._server: grpc.aio.Server | None = None
 
-    async def start(self) -> str:
-        """Listen; return the address, ``host:port``.
+    async def start(self) -> str | None:
+        """Listen; return the address, ``host:port``, or None where no port is configured and nothing is done.
 
         Raises:
             UserError: the address cannot be had.
         """
-        limit = self._gateway.config.max_body_bytes
-        server = grpc.aio.server(options=[("grpc.max_receive_message_length", limit), ("grpc.so_reuseport", 0)])
+        if self._config.port is None:
+            return None
+        options = [
+            ("grpc.max_receive_message_length", self._gateway.config.max_body_bytes),
+            ("grpc.so_reuseport", int(self._shares_port)),
+        ]
+        server = grpc.aio.server(options=options)
         server.add_generic_rpc_handlers(self._build_handlers())
         host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
         try:
-            port = server.add_insecure_port(f"{host}:{self._config.port or 0}")
+            port = server.add_insecure_port(f"{host}:{self._config.port}")
         except RuntimeError as error:
             raise UserError(
                 f"cannot listen on {host}:{self._config.port}: {error}. Choose another grpc.port, or 0 for a free one."
             ) from error
         await server.start()
         self._server = server
-        return f"{host}:{port}"
+        address = f"{host}:{port}"
+        _logger.info("gRPC is served at %s", address)
+        return address
 
     async def stop(self, grace_s: float = 0.0) -> None:
         """Take no more calls, and cancel those that are not over after ``grace_s``."""

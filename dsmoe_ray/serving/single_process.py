@@ -14,6 +14,7 @@ from dsmoe_ray.inference.loading import load_engine
 from dsmoe_ray.serving.config import ServingConfig
 from dsmoe_ray.serving.control import RouterInfo
 from dsmoe_ray.serving.gateway import Gateway
+from dsmoe_ray.serving.grpc_api import GrpcApi
 from dsmoe_ray.serving.http_app import build_http_app
 from dsmoe_ray.serving.http_server import HttpServer
 from dsmoe_ray.serving.openai_api.served_model import load_served_model
@@ -62,12 +63,14 @@ async def run_single_process(config: ServingConfig) -> AsyncIterator[str]:
         max_sequences=config.engine.max_num_seqs,
         explain_unready=lambda: None if pool.num_connected else "the engine is not there",
     )
-    server = HttpServer(build_http_app(gateway), config.http)
+    server, grpc_api = HttpServer(build_http_app(gateway), config.http), GrpcApi(gateway, config.grpc)
     try:
         pool.update_routers([listener.address])
+        await grpc_api.start()
         yield await server.start()
         await gateway.drain(config.http.drain_s)
         await server.stop()
     finally:
+        await grpc_api.stop()
         pool.close()
         await asyncio.to_thread(router.close)

@@ -1,22 +1,25 @@
 """The gRPC API by a client of its own: what it streams, how it refuses, what a client that leaves costs."""
 
 import asyncio
+import socket
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
 
 from dsmoe_ray.artifact.load import load_artifact
+from dsmoe_ray.errors import UserError
 from dsmoe_ray.inference.config import EngineConfig
 from dsmoe_ray.inference.loading import load_engine
 from dsmoe_ray.inference.requests import GenerationRequest
 from dsmoe_ray.inference.sampling_config import SampledToken, SamplingConfig
 from dsmoe_ray.serving import grpc_messages as messages
-from dsmoe_ray.serving.config import GrpcConfig, HttpConfig
+from dsmoe_ray.serving.config import GrpcConfig, HttpConfig, ServingConfig
 from dsmoe_ray.serving.gateway import Gateway
 from dsmoe_ray.serving.grpc_api import GENERATION, HEALTH, GrpcApi
 from dsmoe_ray.serving.openai_api.errors import ApiError
 from dsmoe_ray.serving.openai_api.served_model import load_served_model
+from dsmoe_ray.serving.single_process import run_single_process
 from tests.fakes.router_cluster import RouterCluster, run_alone
 from tests.fakes.tiny_artifact import TEXT, write_tiny_artifact
 
@@ -250,3 +253,20 @@ def test_without_a_key_there_is_nothing_but_health(artifact, cluster):
     assert served and health == [1, 2]
     assert {code for code, _, _ in refusals} == {grpc.StatusCode.UNAUTHENTICATED}
     assert unknown[0] is grpc.StatusCode.NOT_FOUND
+
+
+def test_one_process_serves_grpc_beside_http_where_a_port_is_given(artifact):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+
+        async def call():
+            config = ServingConfig(artifact=artifact, http=HttpConfig(port=0), grpc=GrpcConfig(port=port))
+            with pytest.raises(UserError, match=r"grpc\.port"):
+                async with run_single_process(config):
+                    pass
+            taken.close()
+            async with run_single_process(config), grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                return await Client(channel).read(text="a", max_tokens=2, ignore_eos=True)
+
+        assert len(run(call())) == 2

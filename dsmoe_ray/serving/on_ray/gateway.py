@@ -21,6 +21,7 @@ class _Gateway:
         """Build the gateway on the loop that will serve it."""
         gateway_id = make_process_id("gateway")
         self._process = GatewayProcess(self._setup, gateway_id)
+        await self._process.start()
         interval_s = self._setup.config.experts.interval_s
         self._agent = ControlAgent(gateway_id, lambda: self._process.sync(self._link.send), interval_s=interval_s)
         return self._process.app
@@ -31,7 +32,8 @@ class _Gateway:
             raise RuntimeError("the thread that reports to the controller has ended; see the log")
 
     async def __del__(self) -> None:
-        """Stop; Serve has waited for all requests."""
+        """Stop; Serve has waited for all requests of its own."""
+        await self._process.stop()
         self._agent.close()
         self._process.close()
 
