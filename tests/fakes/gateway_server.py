@@ -24,9 +24,9 @@ CHAT_TEMPLATE = (
 class GatewayServer:
     """A running server; ``call`` runs something on its event loop."""
 
-    def __init__(self, directory: Path, *, engine_config=None, authorize=None, max_sequences=32, **http):
+    def __init__(self, directory: Path, *, pool=None, engine_config=None, authorize=None, max_sequences=32, **http):
         self.model = load_served_model(directory, name="tiny")
-        self.pool = EnginePool(load_engine(load_artifact(directory), engine_config or EngineConfig()))
+        self.pool = pool or EnginePool(load_engine(load_artifact(directory), engine_config or EngineConfig()))
         self.config = HttpConfig(port=0, **http)
         self.unready = None
         self._settings = authorize, max_sequences
