@@ -10,6 +10,9 @@ from dsmoe_ray.parallel.config import ParallelConfig
 from dsmoe_ray.parallel.exchange import CollectiveExchange, MessageExchange, build_exchange
 from tests.numerics.ranks import run_in_world
 
+# Some ten seconds and more as a whole.
+pytestmark = pytest.mark.slow
+
 T, D, F, E = 12, 16, 8, 8
 WAYS = [MessageExchange, CollectiveExchange]
 # float32 sums of a few hundred products in another order; values are of order one.

@@ -17,6 +17,9 @@ from dsmoe_ray.parallel.fsdp import shard_model
 from dsmoe_ray.parallel.optimizer import build_optimizer, clip_grad_norm, reduce_gradients
 from tests.numerics.ranks import run_in_world
 
+# Some ten seconds and more as a whole.
+pytestmark = pytest.mark.slow
+
 NUM_SEQUENCES, SEQ_LEN = 8, 16
 MICRO_STEPS = 2
 MAX_NORM = 0.05
