@@ -8,6 +8,11 @@ def monotonic_s() -> float:
     return time.perf_counter()
 
 
+def cpu_s() -> float:
+    """Return seconds that processors have worked for this process; other programs do not lengthen them."""
+    return time.process_time()
+
+
 def unix_s() -> float:
     """Return seconds since 1970-01-01 UTC."""
     return time.time()

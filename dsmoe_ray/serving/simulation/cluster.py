@@ -4,15 +4,32 @@ Shape letters: E experts, R replicas.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
+from dsmoe_ray import clock
 from dsmoe_ray.serving.demand import ExpertDemand
 from dsmoe_ray.serving.placement import PlacementEvent
 from dsmoe_ray.serving.plan import HostInfo, LogicalExpert, PlacementPlan
 from dsmoe_ray.serving.simulation.config import SimulationConfig
 from dsmoe_ray.serving.simulation.queueing import LatencyHistogram
+
+
+class TimeTaken(NamedTuple):
+    """Real time, not simulated time."""
+
+    wall_s: float
+    cpu_s: float
+
+    @classmethod
+    def start(cls) -> Self:
+        """Return the present."""
+        return cls(clock.monotonic_s(), clock.cpu_s())
+
+    def until_now(self) -> "TimeTaken":
+        """Return what has passed since this start."""
+        return TimeTaken(clock.monotonic_s() - self.wall_s, clock.cpu_s() - self.cpu_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +43,8 @@ class WindowOutcome:
     num_cold_tokens: float = 0.0
     """Tokens that waited for their expert to be read from disk."""
     highest_utilization: float = 0.0
-    decision_s: float = 0.0
-    """Real time that the decisions of this window took."""
+    decision: TimeTaken | None = None
+    """What the decisions after this window took; None without any."""
     events: tuple[PlacementEvent, ...] = ()
 
 

@@ -1,7 +1,6 @@
 """A trace through all systems, window by window, and what came of it."""
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from dsmoe_ray import clock
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.serving.placement import PlacementEvent
 from dsmoe_ray.serving.simulation.baselines import FixedSystem, WholeModelSystem
-from dsmoe_ray.serving.simulation.cluster import System, WindowOutcome
+from dsmoe_ray.serving.simulation.cluster import System, TimeTaken, WindowOutcome
 from dsmoe_ray.serving.simulation.config import SimulationConfig
 from dsmoe_ray.serving.simulation.eplb_comparison import BalanceComparison, choose_slots, compare_with_eplb
 from dsmoe_ray.serving.simulation.queueing import LatencyHistogram
@@ -57,10 +56,10 @@ class Replay:
     """Warm-up included."""
     wall_s: float
     cpu_s: float
-    """Time of processors, which other programs on the machine do not lengthen as they do ``wall_s``."""
     systems: dict[str, SystemTotals]
-    decisions_s: tuple[float, ...]
-    """Real time of each window's decisions."""
+    decisions: tuple[TimeTaken, ...]
+    """What each window's decisions took."""
+    first_plan: TimeTaken
     num_events: int
     balance: BalanceComparison
     balance_slots: int
@@ -73,11 +72,12 @@ def replay(trace: Trace, config: SimulationConfig, *, on_window: OnWindow | None
         ConfigError: the hosts cannot hold every expert once, or the trace ends within the warm-up.
     """
     _check(trace, config)
-    began_s, began_cpu_s = clock.monotonic_s(), _cpu_s()
-    systems = _build_systems(trace, config)
+    began_s, began_cpu_s = clock.monotonic_s(), clock.cpu_s()
+    ours, whole, fixed = _build_systems(trace, config)
+    systems: list[System] = [ours, whole, fixed]
     totals = {system.name: SystemTotals() for system in systems}
     unreported = LatencyHistogram()
-    decisions_s, num_events, now_s = [], 0, 0.0
+    decisions, num_events, now_s = [], 0, 0.0
     for tokens_E in trace.windows(config.experts.interval_s):
         now_s += config.experts.interval_s
         is_reported = now_s > config.warm_up_s
@@ -86,8 +86,8 @@ def replay(trace: Trace, config: SimulationConfig, *, on_window: OnWindow | None
             outcome = system.step(tokens_E, now_s, total.histogram if is_reported else unreported)
             if is_reported:
                 total.add(outcome, config.experts.interval_s)
-            if isinstance(system, ScalingSystem):
-                decisions_s.append(outcome.decision_s)
+            if outcome.decision:
+                decisions.append(outcome.decision)
                 num_events += len(outcome.events)
                 if on_window:
                     on_window(now_s, outcome.events)
@@ -96,18 +96,14 @@ def replay(trace: Trace, config: SimulationConfig, *, on_window: OnWindow | None
         num_experts=len(trace.experts),
         simulated_s=now_s,
         wall_s=clock.monotonic_s() - began_s,
-        cpu_s=_cpu_s() - began_cpu_s,
+        cpu_s=clock.cpu_s() - began_cpu_s,
         systems=totals,
-        decisions_s=tuple(decisions_s),
+        decisions=tuple(decisions),
+        first_plan=ours.first_plan,
         num_events=num_events,
         balance=_compare_balance(trace, config.hosts, slots),
         balance_slots=slots,
     )
-
-
-def _cpu_s() -> float:
-    times = os.times()
-    return times.user + times.system
 
 
 def _check(trace: Trace, config: SimulationConfig) -> None:
@@ -123,14 +119,14 @@ def _check(trace: Trace, config: SimulationConfig) -> None:
         )
 
 
-def _build_systems(trace: Trace, config: SimulationConfig) -> list[System]:
+def _build_systems(trace: Trace, config: SimulationConfig) -> tuple[ScalingSystem, WholeModelSystem, FixedSystem]:
     mean_E = trace.mean_loads(0.0, trace.duration_s)
     first_E = trace.mean_loads(0.0, min(trace.duration_s, max(1.0, 4 * config.experts.interval_s)))
-    return [
+    return (
         ScalingSystem(trace.experts, first_E, config),
         WholeModelSystem(trace.experts, mean_E, first_E, config),
         FixedSystem(trace.experts, mean_E, config),
-    ]
+    )
 
 
 def _compare_balance(trace: Trace, num_hosts: int, slots: int) -> BalanceComparison:

@@ -22,10 +22,11 @@ def to_json(replay: Replay, config: SimulationConfig, source: str) -> dict[str, 
         "cpu_s": replay.cpu_s,
         "times_real_time": replay.simulated_s / replay.wall_s,
         "decisions": {
-            "num": len(replay.decisions_s),
-            "p50_ms": 1e3 * float(np.quantile(replay.decisions_s, 0.5)),
-            "p99_ms": 1e3 * float(np.quantile(replay.decisions_s, 0.99)),
-            "max_ms": 1e3 * max(replay.decisions_s),
+            "num": len(replay.decisions),
+            **_milliseconds("", [taken.wall_s for taken in replay.decisions]),
+            **_milliseconds("cpu_", [taken.cpu_s for taken in replay.decisions]),
+            "first_plan_ms": 1e3 * replay.first_plan.wall_s,
+            "first_plan_cpu_ms": 1e3 * replay.first_plan.cpu_s,
             "num_events": replay.num_events,
         },
         "systems": {name: _system(totals, config) for name, totals in replay.systems.items()},
@@ -40,6 +41,14 @@ def to_json(replay: Replay, config: SimulationConfig, source: str) -> dict[str, 
             "moved_ratio": balance.moved_ratio,
         },
         "config": config.model_dump(mode="json"),
+    }
+
+
+def _milliseconds(prefix: str, times_s: list[float]) -> dict[str, float]:
+    return {
+        f"{prefix}p50_ms": 1e3 * float(np.quantile(times_s, 0.5)),
+        f"{prefix}p99_ms": 1e3 * float(np.quantile(times_s, 0.99)),
+        f"{prefix}max_ms": 1e3 * max(times_s),
     }
 
 
@@ -90,8 +99,10 @@ def to_lines(report: dict[str, Any]) -> list[str]:
     """Return what the table does not say."""
     decisions, balance = report["decisions"], report["balance"]
     return [
-        f"{decisions['num']} decisions, p50 {decisions['p50_ms']:.0f} ms, p99 {decisions['p99_ms']:.0f} ms, longest "
-        f"{decisions['max_ms']:.0f} ms; {decisions['num_events']:,} events",
+        f"{decisions['num']} decisions, {decisions['num_events']:,} events; p50, p99 and longest decision "
+        f"{decisions['p50_ms']:.0f}, {decisions['p99_ms']:.0f}, {decisions['max_ms']:.0f} ms, of CPU "
+        f"{decisions['cpu_p50_ms']:.0f}, {decisions['cpu_p99_ms']:.0f}, {decisions['cpu_max_ms']:.0f} ms; first plan "
+        f"{decisions['first_plan_ms']:.0f} ms, of CPU {decisions['first_plan_cpu_ms']:.0f} ms",
         f"beside EPLB on {balance['num_hosts']:,} hosts of {balance['slots_per_host']} slots: max/mean at most "
         f"{max(balance['max_over_mean']):.3f}, EPLB's {max(balance['eplb_max_over_mean']):.3f}, worst ratio "
         f"{balance['worst_ratio']:.3f}; {balance['num_loads']:,} experts loaded, EPLB {balance['eplb_num_loads']:,} "

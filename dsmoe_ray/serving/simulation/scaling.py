@@ -8,7 +8,6 @@ Shape letters: E experts, H hosts, R replicas.
 
 import numpy as np
 
-from dsmoe_ray import clock
 from dsmoe_ray.serving.autoscaling import (
     HostPoolObservation,
     HostPoolState,
@@ -22,7 +21,7 @@ from dsmoe_ray.serving.config import ExpertHostsConfig
 from dsmoe_ray.serving.demand import ExpertDemand
 from dsmoe_ray.serving.placement import Placement, plan_placement
 from dsmoe_ray.serving.plan import LogicalExpert, PlacementPlan
-from dsmoe_ray.serving.simulation.cluster import Routes, WindowOutcome, make_hosts, make_one_each
+from dsmoe_ray.serving.simulation.cluster import Routes, TimeTaken, WindowOutcome, make_hosts, make_one_each
 from dsmoe_ray.serving.simulation.config import SimulationConfig
 from dsmoe_ray.serving.simulation.queueing import LatencyHistogram, serve_window
 
@@ -44,7 +43,9 @@ class ScalingSystem:
         self.starting: list[tuple[float, int]] = []
         demand = make_one_each(experts, first_loads_E)
         self.hosts = make_hosts(self.pool_state.num_hosts, config)
+        began = TimeTaken.start()
         placement = plan_placement(demand, self.hosts, None, expert_bytes=config.expert_bytes)
+        self.first_plan = began.until_now()
         self.pending: tuple[float, Placement] | None = None
         self.backlogs: dict[str, float] = {}
         self._publish(placement.plan)
@@ -60,18 +61,18 @@ class ScalingSystem:
         num_cold = self._count_latencies(tokens_E, arrivals_H, served.latencies_s, histogram)
         self._remember_utilizations(served.utilizations, window_s)
         used = (len(self.host_ids) + sum(num for _, num in self.starting), self._num_replicas())
-        began_s = clock.monotonic_s()
+        began = TimeTaken.start()
         observation = LoadObservation(num_tokens_E=tokens_E, busy_s=float(served.busy_s.sum()))
         self.state, demand = decide(self.state, observation, self.config.experts, now_s)
         placement = self._place(demand, now_s)
-        decision_s = clock.monotonic_s() - began_s
+        decision = began.until_now()
         return WindowOutcome(
             num_hosts=used[0],
             num_replicas=used[1],
             num_loads=placement.num_loads if placement else 0,
             num_cold_tokens=num_cold,
             highest_utilization=float(served.utilizations.max()),
-            decision_s=decision_s,
+            decision=decision,
             events=placement.events if placement else (),
         )
 
