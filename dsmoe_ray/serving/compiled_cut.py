@@ -13,6 +13,7 @@ from dsmoe_ray.inference.cpu_library import KernelsUnavailableError, PieceCut, P
 from dsmoe_ray.serving.expert_cut import Cutter, CutTokens, NumpyCutter, Piece
 
 _FLOAT32, _BFLOAT16 = 0, 1
+_MAX_KNOWN = 1024
 
 
 def build_cutter(*, num_threads: int) -> Cutter:
@@ -36,7 +37,7 @@ class CompiledCutter:
         self._num_threads = num_threads
         self._cut = PieceCut()
         self._cut_ref = ctypes.cast(byref(self._cut), c_void_p)
-        self._memory = bytearray()
+        self._known: dict[int, tuple[np.ndarray, int]] = {}
         self._grow(1 << 16)
         self._make_room(16)
 
@@ -44,9 +45,9 @@ class CompiledCutter:
         """See ``Cutter``."""
         if len(numbers) > len(self._places):
             self._make_room(2 * len(numbers))
-        x_TD, cut = tokens.x_TD, self._cut
+        x_TD = tokens.x_TD
         self._bind(tokens, piece_of_E, numbers)
-        cut.x, cut.gates, cut.row_bytes = x_TD.ctypes.data, tokens.gates_TK.ctypes.data, x_TD.strides[0]
+        self._cut.row_bytes = x_TD.strides[0]
         num_bytes = self._kernels.dsmoe_measure_pieces(self._cut_ref)
         if num_bytes > len(self._memory):
             self._grow(2 * num_bytes)
@@ -76,10 +77,21 @@ class CompiledCutter:
         )
 
     def _bind(self, tokens: CutTokens, piece_of_E: np.ndarray, numbers: range) -> None:
-        ids_TK, cut = tokens.expert_ids_TK, self._cut
-        cut.num_tokens, cut.stride = ids_TK.shape
-        cut.expert_ids, cut.piece_of = ids_TK.ctypes.data, piece_of_E.ctypes.data
+        cut = self._cut
+        cut.num_tokens, cut.stride = tokens.expert_ids_TK.shape
+        cut.x, cut.expert_ids, cut.gates = tokens.addresses
+        cut.piece_of = self._find(piece_of_E)
         cut.first_piece, cut.num_pieces = numbers.start, len(numbers)
+
+    def _find(self, piece_of_E: np.ndarray) -> int:
+        """Return where an array lies; the same few come again and again."""
+        known = self._known.get(id(piece_of_E))
+        if known is None:
+            if len(self._known) == _MAX_KNOWN:
+                self._known.clear()
+            # With the array itself, so that no other one gets its id.
+            known = self._known[id(piece_of_E)] = piece_of_E, piece_of_E.ctypes.data
+        return known[1]
 
     def _describe(self, x_TD: np.ndarray, place: PiecePlace) -> Piece:
         memory, count, width = self._memory, place.num_rows, place.width

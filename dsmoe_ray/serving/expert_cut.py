@@ -12,15 +12,21 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 
-class CutTokens(NamedTuple):
-    """The tokens of a call."""
+class CutTokens:
+    """The tokens of a call; their memory may be filled anew for the next one."""
 
-    x_TD: np.ndarray
-    """Contiguous; bfloat16 as uint16."""
-    expert_ids_TK: np.ndarray
-    """int32, contiguous, ascending per token, then -1."""
-    gates_TK: np.ndarray
-    """float32, contiguous."""
+    __slots__ = ("addresses", "expert_ids_TK", "gates_TK", "x_TD")
+
+    def __init__(self, x_TD: np.ndarray, expert_ids_TK: np.ndarray, gates_TK: np.ndarray) -> None:
+        """Take arrays, all contiguous.
+
+        Args:
+            x_TD: Float32, or bfloat16 as uint16.
+            expert_ids_TK: int32, ascending per token, then -1.
+            gates_TK: float32.
+        """
+        self.x_TD, self.expert_ids_TK, self.gates_TK = x_TD, expert_ids_TK, gates_TK
+        self.addresses = x_TD.ctypes.data, expert_ids_TK.ctypes.data, gates_TK.ctypes.data
 
 
 class Piece(NamedTuple):
