@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from dsmoe_ray.errors import ConnectionLostError, DsmoeError, FrameError, RequestError
@@ -20,6 +21,8 @@ from dsmoe_ray.serving.wire.messages import CancelMessage, GenerateMessage, Reje
 
 _MIN_PAUSE_S, _MAX_PAUSE_S = 0.02, 1.0
 """Between two attempts to connect."""
+
+_GRACE_S = 0.25
 
 _logger = logging.getLogger(__name__)
 
@@ -36,8 +39,8 @@ class LinkListener(Protocol):
     def take_message(self, session: "RouterSession", message: GenerationMessage) -> None:
         """The router says something."""
 
-    def take_lost(self, session: "RouterSession", reason: str) -> None:
-        """The connection is gone; the session says nothing more."""
+    def take_lost(self, session: "RouterSession", reason: str, *, is_hung: bool) -> None:
+        """The connection is gone, or the router says nothing any more; the session is over."""
 
 
 @dataclass(eq=False, slots=True)
@@ -161,23 +164,28 @@ class RouterLink:
             connection.close()
         threading.Thread(target=self._write, args=(session,), name=f"to {self.address}", daemon=True).start()
         self._tell(self._listener.take_connected, session)
+        is_hung = False
         try:
-            reason = self._read(session)
+            self._read(session)
+            is_hung, reason = True, f"it has said nothing for {self._hung_after_s:g} s"
         except (ConnectionLostError, FrameError) as error:
             reason = str(error)
         connection.close()
         session.outbox.put(None)
         if not self._is_closed.is_set():
             _logger.warning("router %s is lost: %s", self.address, reason)
-        self._tell(self._listener.take_lost, session, reason)
+        self._tell(partial(self._listener.take_lost, session, reason, is_hung=is_hung))
 
-    def _read(self, session: RouterSession) -> str:
-        """Read until the router hangs; return why that is said."""
+    def _read(self, session: RouterSession) -> None:
+        """Read until the router hangs."""
         receive, take_message = session.connection.receive, self._listener.take_message
         while True:
             frame = receive(self._hung_after_s)
             if frame is None:
-                return f"it has said nothing for {self._hung_after_s:g} s"
+                # It may be this process that stood still, and has not looked since.
+                frame = receive(_GRACE_S)
+            if frame is None:
+                return
             self._tell(take_message, session, from_frame(frame))
 
     def _write(self, session: RouterSession) -> None:

@@ -157,14 +157,16 @@ class RouterPool:
             _logger.warning("router %s sent %s and is cut off", session.address, type(message).__name__)
             session.cut()
 
-    def take_lost(self, session: RouterSession, reason: str) -> None:
+    def take_lost(self, session: RouterSession, reason: str, *, is_hung: bool) -> None:
         """Continue elsewhere what a lost router had; see ``LinkListener``."""
         session.is_lost = True
         self._sessions.remove(session)
         self.statistics.num_lost_routers += session.address in self._links
         for run in list(session.runs.values()):
             session.remove(run)
-            self._continue(run, f"router {session.address} is lost: {reason}", most_fruitless=_MAX_FRUITLESS)
+            # A request may bring a router down; one that hangs has more likely a busy machine.
+            most_fruitless = None if is_hung else _MAX_FRUITLESS
+            self._continue(run, f"router {session.address} is lost: {reason}", most_fruitless=most_fruitless)
 
     def _take_status(self, session: RouterSession, status: RouterStatusMessage) -> None:
         was_open = self._is_open(session)
