@@ -118,7 +118,10 @@ class Artifact:
         impossible = [expert_id for expert_id in wanted if not 0 <= expert_id < num_experts]
         if impossible:
             raise ValueError(f"expert ids must be in [0, {num_experts}); got {impossible}")
-        self._verify([name for by_matrix in names.values() for name in by_matrix.values()])
+        every_name = [name for by_matrix in names.values() for name in by_matrix.values()]
+        for name in every_name:
+            self._files[self._file_of[name]].prefetch(name)
+        self._verify(every_name)
         return {
             expert_id: {matrix: self._view(name) for matrix, name in by_matrix.items()}
             for expert_id, by_matrix in names.items()

@@ -83,10 +83,22 @@ class WeightsFile:
 
     def release_tensor(self, name: str) -> None:
         """Let go likewise of the pages that hold nothing but this tensor."""
-        begin, end = (self._data_start + offset for offset in self.tensors[name].data_offsets)
+        begin, end = self._place(name)
         begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
         if begin < end and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def prefetch(self, name: str) -> None:
+        """Begin to read a tensor from the disk, all of it at once; looked at page by page it would come in pieces."""
+        begin, end = self._place(name)
+        begin = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """Return where a tensor's bytes begin and end."""
+        begin, end = self.tensors[name].data_offsets
+        return self._data_start + begin, self._data_start + end
 
     def _view(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         flat = torch.frombuffer(self._map, dtype=dtype, count=math.prod(shape), offset=self._data_start + begin)
