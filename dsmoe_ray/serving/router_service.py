@@ -222,11 +222,10 @@ class RouterService:
         try:
             while not self._is_closed:
                 self.turn()
-        except BaseException:
-            # Gateways go elsewhere when they see their connections end.
+        except Exception:
+            # Gateways go elsewhere when they see their connections end, and ``is_running`` tells everyone else.
             _logger.exception("router %s stops", self._info.router_id)
             self.close()
-            raise
 
     def turn(self) -> None:
         """Take what came, waiting for it if there is nothing else to do; compute one step if there is work."""

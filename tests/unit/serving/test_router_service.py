@@ -308,6 +308,57 @@ def test_a_router_that_leaves_tells_everyone_and_finishes_what_it_has(make_bench
     assert bench.router.report().info.leaving
 
 
+def test_a_router_that_closes_writes_what_it_has_told(make_bench):
+    bench = make_bench()
+    connection = bench.connect()
+    bench.ask(connection)
+    bench.turn(2)
+    bench.router.close()
+    heard = told(connection)
+    while len(heard) < 2:
+        heard += told(connection)
+    assert heard == [("a", 8, None), ("a", 9, None)] and connection.is_closed.is_set()
+    assert bench.connect("late", has_status=False).is_closed.wait(LONG_S)
+
+
+def test_a_router_whose_loop_fails_cuts_all_gateways_and_no_longer_runs(make_bench):
+    bench = make_bench()
+    first, second = bench.connect("g1"), bench.connect("g2")
+    go_on = threading.Event()
+
+    def next_logits(tokens):
+        go_on.wait(LONG_S)
+        return say_next(tokens)
+
+    def fail(request_id):
+        raise ValueError("a bug")
+
+    bench.runner.next_logits, bench.engine.cancel = next_logits, fail
+    bench.router.start()
+    bench.ask(first)
+    first.deliver(to_frame(CancelMessage(request_ids=("a",))))
+    go_on.set()
+    assert first.is_closed.wait(LONG_S) and second.is_closed.wait(LONG_S)
+    bench.router.close()
+    assert not bench.router.is_running
+
+
+def test_a_step_under_way_shows_how_long_it_has_lasted(make_bench):
+    bench = make_bench()
+    connection = bench.connect()
+    ages_ms = []
+
+    def next_logits(tokens):
+        bench.clock.advance(12.5)
+        ages_ms.append(bench.router.read_status().step_age_ms)
+        return say_next(tokens)
+
+    bench.runner.next_logits = next_logits
+    bench.ask(connection)
+    bench.turn()
+    assert (ages_ms, bench.router.read_status().step_age_ms) == ([12_500], 0)
+
+
 class FakeExperts:
     def __init__(self):
         self.plan = PlacementPlan(version=1)
