@@ -126,6 +126,8 @@ class ExpertHost:
         self._lock = threading.Lock()
         """Of listeners and of what is counted in several threads."""
         self._plan: PlacementPlan | None = None
+        self._planned: frozenset[LogicalExpert] = frozenset()
+        """What it gives to this host."""
         self._own_LE = np.zeros((pool.num_layers, pool.num_experts), bool)
         """What the plan or the last orders give to this host."""
         self._send_plan = self._is_leaving = self._is_closed = False
@@ -176,10 +178,9 @@ class ExpertHost:
         """Do what the controller says; reading goes on after this returns."""
         self._send_plan = orders.send_plan
         if orders.plan is not None and (self._plan is None or orders.plan.version > self._plan.version):
-            self._plan = orders.plan
+            self._plan, self._planned = orders.plan, orders.plan.held_by(self._info.host_id)
         own_LE = np.zeros_like(self._own_LE)
-        planned = () if self._plan is None else self._plan.held_by(self._info.host_id)
-        for expert in (*planned, *orders.hold, *orders.may_hold):
+        for expert in (*self._planned, *orders.hold, *orders.may_hold):
             own_LE[expert] = True
         self._own_LE = own_LE
         self._loader.load(self._pool.order(orders.hold))
