@@ -121,7 +121,8 @@ class ExpertHost:
         num_readers = min(_MAX_READERS, pool.capacity)
         self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix=f"cold calls {info.host_id}")
         # So many at a time for each reader that none ever waits for what another one keeps.
-        self._group_size = pool.capacity // num_readers
+        has_room_for_all = pool.capacity == pool.num_layers * pool.num_experts
+        self._group_size = pool.num_experts if has_room_for_all else pool.capacity // num_readers
         self._listeners: list[Listener] = []
         self._lock = threading.Lock()
         """Of listeners and of what is counted in several threads."""
