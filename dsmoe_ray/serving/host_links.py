@@ -87,6 +87,8 @@ class HostLink(Generic[C]):
         """By call id."""
         self.outstanding = 0
         """Work of the pending calls."""
+        self.owed_bytes = 0
+        """Of the pending calls and their answers."""
         self.seconds_per_work = _GUESSED_SECONDS_PER_WORK
         self.layers_seen: set[int] = set()
         """Those it has answered for: the first call of a layer may have to read weights."""
@@ -211,7 +213,7 @@ class HostLinks(Generic[C]):
         link.connection, link.reason, link.state = None, reason, LinkState.LOST
         link.pending.clear()
         link.layers_seen.clear()
-        link.outstanding = 0
+        link.outstanding = link.owed_bytes = 0
 
     def _avoid(self, link: HostLink[C]) -> None:
         link.suspicion = "late"

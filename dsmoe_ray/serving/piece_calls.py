@@ -31,6 +31,10 @@ _LEAST_WAIT_S = 0.01
 """An answer that is here already is read even if its deadline passed while this process did something else."""
 _WAIT_UNIT_S = 0.05
 """Waits are multiples of it: a connection need not be told a new limit for every call."""
+_WINDOW_BYTES = 192 << 10
+"""Calls and answers that may be under way with one host, unless it is a single call. A host that computes, or that waits
+until its answer is read, reads no further call; what is sent then must fit into the buffers between (Linux gives a Unix
+socket 208 KiB), or both ends would wait for each other."""
 _LOADING_PATIENCE = 4
 """How many times longer a host may take that has to read weights first."""
 _WORK_PATIENCE = 4
@@ -83,6 +87,7 @@ class PieceCall:
     work: int
     patience_s: float
     deadline_s: float
+    num_bytes: int
     answer_shape: tuple[int, int]
     y: np.ndarray | None = None
     failure: str | None = None
@@ -178,13 +183,17 @@ class PieceCalls:
         plan_version: int,
         on_demand: bool,
     ) -> PieceCall:
+        num_tokens, d_model = piece.x_tD.shape
+        shape = (piece.num_pairs if self._exact else num_tokens, d_model)
+        num_bytes = piece.x_tD.nbytes + 2 * piece.gates_tK.nbytes + 4 * shape[0] * d_model
+        while link.pending and link.owed_bytes + num_bytes > _WINDOW_BYTES:
+            self.wait(next(iter(link.pending.values())), give_up_s=call.give_up_s)
         now_s = monotonic_s()
         work = piece.num_pairs + READING_WORK * min(piece.num_pairs, len(call.piece_of_E) - 1)
         link.outstanding += work
+        link.owed_bytes += num_bytes
         patience_s = self._compute_patience(link, call, on_demand=on_demand)
-        num_tokens, d_model = piece.x_tD.shape
-        shape = (piece.num_pairs if self._exact else num_tokens, d_model)
-        sent = PieceCall(number, call.layer, call.dtype, link, work, patience_s, now_s + patience_s, shape)
+        sent = PieceCall(number, call.layer, call.dtype, link, work, patience_s, now_s + patience_s, num_bytes, shape)
         self._num_call_ids += 1
         link.pending[self._num_call_ids] = sent
         self.statistics.num_frames += 1
@@ -294,6 +303,7 @@ class PieceCalls:
         sent = link.pending.pop(call_id, None)
         if sent is not None:
             link.outstanding -= sent.work
+            link.owed_bytes -= sent.num_bytes
             self._links.release(link)
         return sent
 

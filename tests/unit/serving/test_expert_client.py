@@ -36,6 +36,11 @@ class Stage:
 
     def __init__(self):
         self.hosts, self.clients, self.sent = [], [], []
+        self.on_sent = lambda: None
+
+    def note(self, piece):
+        self.sent.append(piece)
+        self.on_sent()
 
     def host(self, *arguments, **options):
         self.hosts.append(FakeExpertHost(*arguments, **options))
@@ -51,7 +56,7 @@ class Stage:
             connect=connect,
             node_id="here",
             wire=wire,
-            audit=self.sent.append,
+            audit=self.note,
         )
         self.clients.append(client)
         client.wait_until_connected(10.0)
@@ -151,6 +156,18 @@ def test_answers_too_long_for_a_frame_are_asked_for_in_parts(stage):
     assert torch.equal(run(client), expect())
     assert len(host.calls) > 3
     assert all(np.count_nonzero(call.expert_ids_TK >= 0) <= 10 for call in host.calls)
+
+
+def test_a_large_call_is_sent_when_the_host_has_answered_the_one_before(stage):
+    # A host that computes or sends reads nothing: with both ends full, each would wait for the other.
+    host = stage.host("a")
+    client = stage.client(make_plan(1, split_holders(host), stage.hosts))
+    num_seen = []
+    stage.on_sent = lambda: num_seen.append(len(host.calls))
+    handles = [client.dispatch(0, *make_tokens(6000, seed=seed)) for seed in range(3)]
+    for seed, handle in enumerate(handles):
+        assert torch.equal(client.combine(handle), expect(layer=0, num_tokens=6000, seed=seed))
+    assert num_seen == [0, 1, 2]
 
 
 def test_replicas_share_the_work(stage):
