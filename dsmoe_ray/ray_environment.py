@@ -17,6 +17,8 @@ _LOCAL_SERVING = {
     "RAY_worker_niceness": "0",
     # The proxy in Python costs a token several times as much.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # A router's threads wait for experts that compute on the same cores: by default they would spin for milliseconds.
+    "GOMP_SPINCOUNT": "2000",
     # A busy machine may take longer than the default of 5 s to start a process.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "45",
     # How long a gateway that stops can still be reached: there is one ingress, and it hears of it at once.

@@ -32,9 +32,9 @@ _LEAST_WAIT_S = 0.01
 _WAIT_UNIT_S = 0.05
 """Waits are multiples of it: a connection need not be told a new limit for every call."""
 _WINDOW_BYTES = 192 << 10
-"""Calls and answers that may be under way with one host, unless it is a single call. A host that computes, or that waits
-until its answer is read, reads no further call; what is sent then must fit into the buffers between (Linux gives a Unix
-socket 208 KiB), or both ends would wait for each other."""
+"""Calls and answers that may be under way with one host, unless it is a single call. A host that computes, or that
+waits until its answer is read, reads no further call; what is sent then must fit into the buffers between (Linux gives
+a Unix socket 208 KiB), or both ends would wait for each other."""
 _LOADING_PATIENCE = 4
 """How many times longer a host may take that has to read weights first."""
 _WORK_PATIENCE = 4

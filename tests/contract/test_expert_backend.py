@@ -68,6 +68,10 @@ BACKENDS = {
         for transport, num_hosts, numerics in REMOTE
     },
 }
+ALL = [
+    pytest.param(build, id=name, marks=[pytest.mark.slow] if "over unix" in name or "over grpc" in name else [])
+    for name, build in BACKENDS.items()
+]
 EXACT = [name for name in BACKENDS if name == "compiled" or name.endswith("exact")]
 
 
@@ -113,7 +117,7 @@ def expected_of(experts, x_TD, assignment):
     return sum_of_experts(experts, x_TD, gates_TE[:, :NUM_EXPERTS])
 
 
-@pytest.mark.parametrize("build", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("build", ALL)
 @pytest.mark.parametrize("num_tokens", [1, 6, 40])
 def test_each_token_gets_the_gated_sum_of_the_experts_that_it_wants(model, build, num_tokens):
     backend, x_TD, assignment = build(model), make_tokens(num_tokens), make_assignment(num_tokens)
@@ -149,7 +153,7 @@ def test_exact_outputs_of_experts_elsewhere_have_the_bits_of_experts_here(model,
 
 
 @pytest.mark.parametrize("routing", ["dense", "top_k=2", "threshold=0.9"])
-@pytest.mark.parametrize("build", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("build", ALL)
 def test_a_runner_gives_the_whole_forward_pass_with_any_backend(model, build, routing):
     rules = resolve_routing(routing, model.config)
     runner = TorchRunner(model, num_blocks=20, block_size=4, numerics="fast", experts=build(model))
