@@ -17,8 +17,8 @@ from dsmoe_ray.serving.packing import Packing
 _NUM_PARTNERS = (12, 64)
 # Best exchanges that are tried before a host counts as stuck.
 _NUM_TRIES = 256
-# What gains less, in mean loads, is not worth its bytes unless it suffices.
-_LEAST_GAIN = 5e-3
+# What gains less, in mean loads or in the host's largest replicas, is not worth its bytes unless it suffices.
+_LEAST_GAIN, _LEAST_GAIN_OF_LARGEST = 5e-3, 0.1
 _MAX_ROUNDS = 2
 _EMPTY = -1
 
@@ -103,9 +103,11 @@ def _find(packing: Packing, source: int, goal: float, num_partners: int) -> _Exc
     after_source = packing.load_H[source] - differences
     after_partner = packing.load_H[partners][None, :] + differences
     higher = np.maximum(after_source, after_partner)
-    mean = float(packing.load_H.mean())
+    least_gain = min(
+        _LEAST_GAIN * float(packing.load_H.mean()), _LEAST_GAIN_OF_LARGEST * float(packing.shares_E[own].max())
+    )
     is_enough = (after_source <= goal) & (after_partner <= goal)
-    useful = is_enough | (higher < packing.load_H[source] - _LEAST_GAIN * mean)
+    useful = is_enough | (higher < packing.load_H[source] - least_gain)
     other_bytes = np.where(others == _EMPTY, 0, packing.bytes_E[others])
     added_bytes = packing.bytes_E[own][:, None] - other_bytes[None, :]
     fits = (added_bytes <= packing.free_H[partners][None, :]) & (-added_bytes <= packing.free_H[source])
