@@ -54,65 +54,96 @@ def spread_over_nodes(packing: Packing) -> None:
             packing.add(expert, target)
 
 
-def balance(packing: Packing, trigger_H: np.ndarray, goal: float) -> None:
+def balance(
+    packing: Packing, trigger_H: np.ndarray, goal: float, *, layer: int | None = None, ceiling: float = np.inf
+) -> None:
     """Bring every host whose load is above its trigger down to the goal, as far as moves and exchanges can.
 
     Once more changes nothing. The goal is at most any trigger. The distance between them is what may be chance: it
     moves no expert by itself, and relief that is smaller and does not reach the goal is not worth its bytes.
+
+    Args:
+        packing: The board to change.
+        trigger_H: Loads above which hosts are relieved.
+        goal: Load at which they are relieved enough.
+        layer: Makes the load of this layer even; by default that of all layers together.
+        ceiling: No host gets more load of all layers than this.
     """
+    view = _View(packing, layer, goal, ceiling)
     for _ in range(_MAX_ROUNDS):
         has_changed = False
         is_stuck_H = np.zeros(packing.num_hosts, dtype=bool)
         while True:
-            excess_H = np.where(is_stuck_H, -np.inf, packing.load_H - trigger_H)
+            excess_H = np.where(is_stuck_H, -np.inf, view.loads - trigger_H)
             source = int(np.argmax(excess_H))
             if excess_H[source] <= 0:
                 break
             # What was tried before on others may help now.
-            has_changed |= _relieve(packing, source, goal, float(trigger_H[source])) and bool(is_stuck_H.any())
-            is_stuck_H[source] = packing.load_H[source] > trigger_H[source]
+            has_changed |= _relieve(view, source, float(trigger_H[source])) and bool(is_stuck_H.any())
+            is_stuck_H[source] = view.loads[source] > trigger_H[source]
         if not has_changed:
             break
 
 
-def _relieve(packing: Packing, source: int, goal: float, trigger: float) -> bool:
+class _View(NamedTuple):
+    """What is to be made even."""
+
+    packing: Packing
+    layer: int | None
+    goal: float
+    ceiling: float
+
+    @property
+    def loads(self) -> np.ndarray:
+        """Return the loads that count."""
+        return self.packing.load_H if self.layer is None else self.packing.load_LH[self.layer]
+
+    def experts_on(self, host: int) -> np.ndarray:
+        """Return the experts of a host that count."""
+        experts = self.packing.sorted_on(host)
+        return experts if self.layer is None else experts[self.packing.layer_E[experts] == self.layer]
+
+
+def _relieve(view: _View, source: int, trigger: float) -> bool:
     """Bring a host down to the goal; return whether anything changed."""
-    before = packing.load_H[source]
+    before = view.loads[source]
     done: list[_Exchange] = []
-    while packing.load_H[source] > goal:
-        exchange = next(filter(None, (_find(packing, source, goal, num) for num in _NUM_PARTNERS)), None)
+    while view.loads[source] > view.goal:
+        exchange = next(filter(None, (_find(view, source, num) for num in _NUM_PARTNERS)), None)
         if exchange is None:
             break
-        _apply(packing, exchange)
+        _apply(view.packing, exchange)
         done.append(exchange)
-    if packing.load_H[source] > goal and before - packing.load_H[source] < trigger - goal:
+    if view.loads[source] > view.goal and before - view.loads[source] < trigger - view.goal:
         for exchange in reversed(done):
-            _apply(packing, exchange.reversed())
+            _apply(view.packing, exchange.reversed())
         return False
     return bool(done)
 
 
-def _find(packing: Packing, source: int, goal: float, num_partners: int) -> _Exchange | None:
+def _find(view: _View, source: int, num_partners: int) -> _Exchange | None:
     """Return the best move or exchange between a host and the least loaded ones, None if none is worth it."""
-    own = packing.sorted_on(source)
-    partners, others = _partners(packing, source, num_partners)
+    packing, load_H, goal = view.packing, view.loads, view.goal
+    own = view.experts_on(source)
+    partners, others = _partners(view, source, num_partners)
     if not len(own) or not len(partners):
         return None
     other_shares = np.where(others == _EMPTY, 0.0, packing.shares_E[others])
     differences = packing.shares_E[own][:, None] - other_shares[None, :]
-    after_source = packing.load_H[source] - differences
-    after_partner = packing.load_H[partners][None, :] + differences
+    after_source = load_H[source] - differences
+    after_partner = load_H[partners][None, :] + differences
     higher = np.maximum(after_source, after_partner)
-    least_gain = min(
-        _LEAST_GAIN * float(packing.load_H.mean()), _LEAST_GAIN_OF_LARGEST * float(packing.shares_E[own].max())
-    )
+    least_gain = min(_LEAST_GAIN * float(load_H.mean()), _LEAST_GAIN_OF_LARGEST * float(packing.shares_E[own].max()))
     is_enough = (after_source <= goal) & (after_partner <= goal)
-    useful = is_enough | (higher < packing.load_H[source] - least_gain)
+    useful = is_enough | (higher < load_H[source] - least_gain)
     other_bytes = np.where(others == _EMPTY, 0, packing.bytes_E[others])
     added_bytes = packing.bytes_E[own][:, None] - other_bytes[None, :]
     fits = (added_bytes <= packing.free_H[partners][None, :]) & (-added_bytes <= packing.free_H[source])
-    fits &= _may_take(packing, source, own)[:, partners] & ~np.isin(others, own)[None, :]
+    fits &= _may_take(packing, source, own)[:, partners] & ~np.isin(others, packing.sorted_on(source))[None, :]
+    fits &= packing.load_H[partners][None, :] + differences <= view.ceiling
     tier = np.where(is_enough, np.where(others == _EMPTY, 0, 1)[None, :], 2)
+    if view.layer is None and packing.is_layered:
+        higher = higher + _higher_of_layer(packing, source, own, (partners, others), differences)
     for position in _first_by(tier, higher, useful & fits):
         expert, column = int(own[position // len(partners)]), int(position % len(partners))
         exchange = _Exchange(expert, source, int(partners[column]), int(others[column]))
@@ -121,11 +152,23 @@ def _find(packing: Packing, source: int, goal: float, num_partners: int) -> _Exc
     return None
 
 
-def _partners(packing: Packing, source: int, num_partners: int) -> tuple[np.ndarray, np.ndarray]:
+def _higher_of_layer(
+    packing: Packing, source: int, own: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], differences: np.ndarray
+) -> np.ndarray:
+    """Return the higher of both hosts' loads of the moving expert's layer; of two layers at once, very high."""
+    partners, others = pairs
+    layers = packing.layer_E[own]
+    at_source = packing.load_LH[layers, source][:, None] - differences
+    at_partner = packing.load_LH[layers][:, partners] + differences
+    is_other_layer = (others != _EMPTY)[None, :] & (packing.layer_E[others][None, :] != layers[:, None])
+    return np.maximum(at_source, at_partner) + np.where(is_other_layer, packing.load_H.max(), 0.0)
+
+
+def _partners(view: _View, source: int, num_partners: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the replicas to exchange with, as hosts and experts; an expert of -1 is free memory."""
-    order = np.argsort(packing.load_H, kind="stable")[: num_partners + 1]
+    order = np.argsort(view.loads, kind="stable")[: num_partners + 1]
     hosts = [host for host in order.tolist() if host != source]
-    held = [packing.sorted_on(host) for host in hosts]
+    held = [view.experts_on(host) for host in hosts]
     partners = np.concatenate([hosts, np.repeat(hosts, [len(experts) for experts in held])]).astype(np.int64)
     return partners, np.concatenate([np.full(len(hosts), _EMPTY), *held])
 

@@ -100,7 +100,7 @@ def _least_loaded(packing: Packing, expert: int, heap: list[tuple[float, int, in
     while heap and (heap[0] != _entry(packing, heap[0][2]) or packing.free_H[heap[0][2]] <= 0):
         heapq.heappop(heap)
     hosts = packing.hosts_of[expert]
-    top = heap[0][2] if heap else None
+    top = heap[0][2] if heap and not packing.is_layered else None
     if top is not None and packing.free_H[top] >= size and (not hosts or packing.num_on_node(expert, top) == 0):
         return top
     allowed_H = packing.free_H >= size
@@ -110,7 +110,10 @@ def _least_loaded(packing: Packing, expert: int, heap: list[tuple[float, int, in
     if not len(candidates):
         return None
     used = packing.memory_H[candidates] - packing.free_H[candidates]
-    return int(candidates[np.lexsort((candidates, used, packing.load_H[candidates]))[0]])
+    loads = packing.load_H[candidates]
+    if packing.is_layered:
+        loads = loads + packing.load_LH[packing.layer_E[expert], candidates]
+    return int(candidates[np.lexsort((candidates, used, loads))[0]])
 
 
 def _make_room(packing: Packing, expert: int) -> int | None:

@@ -22,8 +22,9 @@ class Packing:
         memory_H: np.ndarray,
         node_H: np.ndarray,
         hosts_of: Sequence[Iterable[int]],
+        layer_E: np.ndarray,
     ) -> None:
-        """Take the replicas as they are; ``hosts_of`` names each expert's hosts."""
+        """Take the replicas as they are; ``hosts_of`` names each expert's hosts, ``layer_E`` its layer's number."""
         self.loads_E, self.bytes_E = loads_E, bytes_E
         self.memory_H, self.node_H = memory_H, node_H
         self._nodes: list[int] = node_H.tolist()
@@ -35,6 +36,10 @@ class Packing:
         self.changed: set[int] = set()
         """Experts that were put on or taken off a host."""
         self.load_H = np.zeros(len(memory_H))
+        self.layer_E = layer_E
+        self.num_layers = int(layer_E.max(initial=-1)) + 1
+        self.load_LH = np.zeros((self.num_layers, len(memory_H)))
+        """Load of each host by layer."""
         self.shares_E = np.zeros(len(loads_E))
         self.counts_E = np.fromiter(map(len, self.hosts_of), dtype=np.int64, count=len(self.hosts_of))
         """Replicas of each expert."""
@@ -56,12 +61,28 @@ class Packing:
             total = int(self.counts_E.sum())
             self._host_of_replica = np.fromiter(chain.from_iterable(self.hosts_of), dtype=np.int64, count=total)
         weights = np.repeat(values_E, self.counts_E)
-        return np.bincount(self._host_of_replica, weights=weights, minlength=self.num_hosts)
+        # Without any replica numpy returns integers.
+        return np.bincount(self._host_of_replica, weights=weights, minlength=self.num_hosts).astype(np.float64)
+
+    def sum_over_cells(self, values_E: np.ndarray) -> np.ndarray:
+        """Return for each layer and host the sum of a value over the experts of that layer that it holds."""
+        self.sum_over_hosts(values_E)
+        cells = np.repeat(self.layer_E, self.counts_E) * self.num_hosts + self._host_of_replica
+        weights = np.repeat(values_E, self.counts_E)
+        sums = np.bincount(cells, weights=weights, minlength=self.num_layers * self.num_hosts)
+        return sums.astype(np.float64).reshape(self.num_layers, self.num_hosts)
+
+    @property
+    def is_layered(self) -> bool:
+        """Return whether layers have enough experts to be shared out evenly one by one."""
+        return 1 < self.num_layers and self.num_layers * self.num_hosts <= len(self.loads_E)
 
     def share_out(self, counts_E: np.ndarray) -> None:
         """Give every replica an equal share of its expert's load, as if there were ``counts_E`` of them."""
         self.shares_E = self.loads_E / np.maximum(counts_E, 1)
         self.load_H = self.sum_over_hosts(self.shares_E)
+        if self.is_layered:
+            self.load_LH = self.sum_over_cells(self.shares_E)
 
     def sorted_on(self, host: int) -> np.ndarray:
         """Return the experts of a host in ascending order."""
@@ -78,6 +99,7 @@ class Packing:
         self._note_change(expert, 1)
         self.free_H[host] -= self.bytes_E[expert]
         self.load_H[host] += self.shares_E[expert]
+        self.load_LH[self.layer_E[expert], host] += self.shares_E[expert]
 
     def remove(self, expert: int, host: int) -> None:
         """Take a replica off a host."""
@@ -87,6 +109,7 @@ class Packing:
         self._note_change(expert, -1)
         self.free_H[host] += self.bytes_E[expert]
         self.load_H[host] -= self.shares_E[expert]
+        self.load_LH[self.layer_E[expert], host] -= self.shares_E[expert]
 
     def _note_change(self, expert: int, difference: int) -> None:
         self.counts_E[expert] += difference

@@ -7,7 +7,7 @@ that reads it when a token wants it. If nothing has to change, the plan in force
 Shape letters: E experts, H hosts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +32,8 @@ class BalanceLimits:
 
     slack_ratio: float = 0.015
     """Share by which a host may exceed the mean load."""
+    layer_slack_ratio: float = 0.1
+    """The same for the load of one layer. Layers compute one after another, so each one waits for its busiest host."""
     num_deviations: float = 3.0
     """How many standard errors of its measured load it may exceed that by before experts move. Then they move until
     it is back within the slack."""
@@ -103,8 +105,9 @@ def plan_placement(
         loads_E=demand.loads_E,
         bytes_E=np.broadcast_to(np.asarray(expert_bytes, dtype=np.int64), demand.loads_E.shape),
         memory_H=np.array([hosts[host_id].memory_bytes for host_id in host_ids], dtype=np.int64),
-        node_H=_number_nodes([hosts[host_id].node_id for host_id in host_ids]),
+        node_H=_number([hosts[host_id].node_id for host_id in host_ids]),
         hosts_of=start.warm,
+        layer_E=_number([expert.layer for expert in demand.experts]),
     )
     if host_ids:
         _pack(packing, demand, start, limits or BalanceLimits())
@@ -140,9 +143,9 @@ def _read(experts: tuple[LogicalExpert, ...], host_ids: list[str], current: Plac
     return _Start(host_ids, warm, homes, is_whole)
 
 
-def _number_nodes(node_ids: list[str]) -> np.ndarray:
-    numbers = {node_id: number for number, node_id in enumerate(sorted(set(node_ids)))}
-    return np.array([numbers[node_id] for node_id in node_ids], dtype=np.int64)
+def _number(names: Sequence[str] | Sequence[int]) -> np.ndarray:
+    """Return for each name its number among all of them, in ascending order."""
+    return np.unique(np.array(names), return_inverse=True)[1] if names else np.zeros(0, dtype=np.int64)
 
 
 def _pack(packing: Packing, demand: ExpertDemand, start: _Start, limits: BalanceLimits) -> None:
@@ -159,16 +162,22 @@ def _pack(packing: Packing, demand: ExpertDemand, start: _Start, limits: Balance
         add_missing(packing, granted_E)
         spread_over_nodes(packing)
         packing.share_out(packing.counts_E)
-        goal = float(packing.load_H.mean()) * (1 + limits.slack_ratio + _ROUNDING)
-        balance(packing, goal + limits.num_deviations * _host_errors(packing, demand), goal)
+        _even_out(packing, demand, limits)
         if packing.num_changes == num_changes:
             break
 
 
-def _host_errors(packing: Packing, demand: ExpertDemand) -> np.ndarray:
-    """Return the standard error of each host's load."""
-    counts_E = np.maximum(packing.counts_E, 1)
-    return np.sqrt(packing.sum_over_hosts((demand.load_errors_E / counts_E) ** 2))
+def _even_out(packing: Packing, demand: ExpertDemand, limits: BalanceLimits) -> None:
+    """Make the loads of hosts even, and where layers have enough experts, also those of each layer."""
+    variances_E = (demand.load_errors_E / np.maximum(packing.counts_E, 1)) ** 2
+    goal = float(packing.load_H.mean()) * (1 + limits.slack_ratio + _ROUNDING)
+    balance(packing, goal + limits.num_deviations * np.sqrt(packing.sum_over_hosts(variances_E)), goal)
+    if not packing.is_layered:
+        return
+    margins_LH = limits.num_deviations * np.sqrt(packing.sum_over_cells(variances_E))
+    for layer, margins_H in enumerate(margins_LH):
+        layer_goal = float(packing.load_LH[layer].mean()) * (1 + limits.layer_slack_ratio + _ROUNDING)
+        balance(packing, layer_goal + margins_H, layer_goal, layer=layer, ceiling=goal)
 
 
 def _result(

@@ -107,3 +107,33 @@ def test_an_event_says_which_expert_where_and_by_which_numbers():
     assert (event.cause, event.from_replicas, event.to_replicas) == ("load", 1, 2)
     assert "expert 0/0: 1 -> 2 replicas" in text
     assert "tokens_per_s 90" in text and "+h1" in text
+
+
+def test_small_loads_are_packed_from_scratch_as_evenly_as_large_ones():
+    loads = np.random.default_rng(0).lognormal(size=64)
+    small, large = (place(make_demand(loads * factor), make_hosts(4)) for factor in (1e-3, 1e3))
+    assert small.plan == large.plan
+    assert small.max_over_mean <= 1.015
+
+
+def test_each_layer_is_shared_out_evenly_where_it_has_enough_experts():
+    rng = np.random.default_rng(0)
+    num_layers, num_experts, hosts = 6, 32, make_hosts(4, slots=60)
+    experts = index_experts(num_layers, num_experts)
+    base_LE = rng.lognormal(sigma=0.5, size=(num_layers, num_experts))
+    plan, num_loads = None, []
+    for step in range(4):
+        loads_LE = base_LE.copy()
+        loads_LE[:, 2 * step : 2 * step + 2] *= 4
+        ones_E = np.ones(len(experts), dtype=np.int64)
+        demand = ExpertDemand(experts=experts, replicas_E=ones_E, loads_E=loads_LE.ravel(), load_errors_E=0 * ones_E)
+        placement = place(demand, hosts, plan)
+        plan = placement.plan
+        loads_LH = np.zeros((num_layers, 4))
+        for expert, load in zip(experts, loads_LE.ravel(), strict=True):
+            loads_LH[expert.layer, int(plan.replicas[expert][0][1:])] += load
+        # Each layer waits for its busiest host. A tenth above the mean is allowed.
+        assert loads_LH.max(axis=1).sum() <= 1.1 * loads_LH.mean(axis=1).sum()
+        assert placement.max_over_mean <= 1.0151
+        num_loads.append(placement.num_loads)
+    assert max(num_loads[1:]) <= len(experts) / 2
