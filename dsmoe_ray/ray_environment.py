@@ -3,6 +3,7 @@
 import contextlib
 import os
 import socket
+from pathlib import Path
 
 from dsmoe_ray.errors import ConfigError
 
@@ -37,6 +38,16 @@ def prepare_local_ray() -> None:
     """Say what a Ray on this machine alone needs, where the environment does not say it already."""
     for name, value in _LOCAL_RAY.items():
         os.environ.setdefault(name, value)
+
+
+def prepare_to_join(address: str) -> None:
+    """Say what a process needs that joins the Ray at an address: one on loopback is a local one."""
+    if address.rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+        return
+    prepare_local_ray()
+    # A local Ray asks for the token that it leaves here; who joins it has to be told that there is one.
+    if "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def prepare_local_serving() -> None:

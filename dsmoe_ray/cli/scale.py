@@ -8,6 +8,7 @@ import typer
 
 from dsmoe_ray.clock import sleep_s
 from dsmoe_ray.errors import ConfigError
+from dsmoe_ray.ray_environment import prepare_to_join
 from dsmoe_ray.serving.controller_events import ControllerEvent
 from dsmoe_ray.serving.plan import LogicalExpert
 from dsmoe_ray.serving.replica_controller import ControllerStatus
@@ -41,6 +42,7 @@ def command(
     """Show where experts live, why, and what would change now; pin experts, or go back to an earlier plan."""
     pins = [_parse_pin(text) for text in pin or ()]
     unpins = [_parse_expert(text) for text in unpin or ()]
+    prepare_to_join(address)
     # Ray takes seconds to load, which a mistake in the options need not wait for.
     from dsmoe_ray.serving.on_ray.controller_client import open_controller
 

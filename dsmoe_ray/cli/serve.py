@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dsmoe_ray.config_io import apply_override, load_config, parse_config
-from dsmoe_ray.ray_environment import prepare_local_serving
+from dsmoe_ray.ray_environment import prepare_local_serving, prepare_to_join
 from dsmoe_ray.serving.config import ServingConfig
 
 _INTERRUPTED = 130
@@ -78,6 +78,8 @@ def read_serving_config(source: Path, overrides: Sequence[str]) -> ServingConfig
 def _serve_on_ray(config: ServingConfig, address: str | None) -> None:
     if address is None:
         prepare_local_serving()
+    else:
+        prepare_to_join(address)
     # Ray takes seconds to load, which a mistake in the config need not wait for.
     from dsmoe_ray.serving.app import build_app
     from dsmoe_ray.serving.on_ray.session import ray_application

@@ -102,8 +102,9 @@ class ExpertHostsConfig(Config):
     num_cpus: PositiveFloat = 0.5
     """Asked of Ray for one host."""
     num_gpus: float = Field(default=0.0, ge=0)
-    heartbeat_timeout_s: PositiveFloat = 1.5
-    """A host that says nothing for so long is taken for dead, and its experts are given to others."""
+    heartbeat_timeout_s: PositiveFloat = 3.0
+    """A host that says nothing for so long is taken for dead, and its experts are given to others; one that a router
+    cannot reach either, much sooner."""
 
 
 class RoutersConfig(Config):

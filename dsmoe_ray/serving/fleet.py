@@ -11,6 +11,8 @@ from dsmoe_ray.serving.control import GatewayReport, HostReport, RouterInfo, Rou
 from dsmoe_ray.serving.plan import HostInfo, LogicalExpert
 
 _GATEWAY_TIMEOUT_S = 30.0
+_MOST_PATIENCE = 5.0
+"""Heartbeat timeouts for which all hosts, or all routers, may be silent together."""
 
 
 @dataclass
@@ -178,10 +180,14 @@ class Fleet:
         silent = {}
         for process_id, last_s in seen_s.items():
             silence_s = now_s - last_s
-            if silence_s > self._heartbeat_timeout_s:
-                silent[process_id] = f"no report for {silence_s:.2f} s"
-            elif process_id in suspected and silence_s > self._suspicion_timeout_s:
+            if process_id in suspected and silence_s > self._suspicion_timeout_s:
                 silent[process_id] = f"a {witness} cannot reach it, and no report for {silence_s:.2f} s"
+            elif silence_s > self._heartbeat_timeout_s:
+                silent[process_id] = f"no report for {silence_s:.2f} s"
+        if len(silent) == len(seen_s) and not silent.keys() <= suspected:
+            # That all die at once is less likely than that reports do not arrive.
+            most_s = _MOST_PATIENCE * self._heartbeat_timeout_s
+            silent = {process_id: why for process_id, why in silent.items() if now_s - seen_s[process_id] > most_s}
         return silent
 
     def _list_suspected_hosts(self) -> set[str]:

@@ -73,6 +73,9 @@ class GatewayProcess:
         if orders.routers is None:
             return
         ids = {address: router.router_id for router in orders.routers if (address := self._find_address(router))}
+        # One that the controller does not hear of, and that answers here, is not dead; one that leaves says so itself.
+        lost = self.pool.lost_addresses
+        ids |= {address: router_id for address, router_id in self._ids.items() if address not in lost}
         if ids.keys() != self._ids.keys():
             self._ids = ids
             self.pool.update_routers(ids)

@@ -173,8 +173,10 @@ class ReplicaController:
             self.events.add("router_lost", f"router {router_id}: {reason}")
         if not self._has_hosts or (self._recovery is not None and not self._finish_recovery(now_s)):
             return
-        self._replan(now_s)
-        self._publish(now_s)
+        if self._fleet.host_infos:
+            self._replan(now_s)
+            self._publish(now_s)
+        # Without any host routers keep the last plan: there is none that would serve them better.
         self._watch(now_s)
 
     def _finish_recovery(self, now_s: float) -> bool:
@@ -294,7 +296,8 @@ class ReplicaController:
         if not self._missing or now_s - self._progress_s < STALLED_AFTER_S:
             return
         expert, host_id = self._missing[0]
-        failure = self._fleet.host_reports[host_id].failures.get(expert, "it has not said why")
+        report = self._fleet.host_reports.get(host_id)
+        failure = "it is gone" if report is None else report.failures.get(expert, "it has not said why")
         self.events.add(
             "stalled",
             f"{len(self._missing)} replicas are not loaded after {now_s - self._progress_s:.0f} s, the first is expert "
@@ -304,7 +307,7 @@ class ReplicaController:
         self._progress_s = now_s
 
     def _explain_unready(self) -> str | None:
-        if self._has_hosts and not self.plan.replicas:
+        if self._has_hosts and not self._fleet.host_infos:
             return "no expert host is up"
         return None if self._fleet.routers else "no router is up"
 

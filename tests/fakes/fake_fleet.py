@@ -107,7 +107,7 @@ class FakeFleet:
             self.experts,
             expert_bytes=EXPERT_BYTES,
             scaling=self.scaling,
-            hosts=ExpertHostsConfig(count=self.num_hosts),
+            hosts=ExpertHostsConfig(count=self.num_hosts, heartbeat_timeout_s=1.5),
             clock=self.clock,
             unix_clock=self.clock,
         )

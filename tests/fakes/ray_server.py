@@ -13,26 +13,40 @@ from dataclasses import dataclass, field
 
 import httpx
 import psutil
+import yaml
 
 DEADLINE_S = 180.0
 """Generous: the machine may be busy, and time is not what these tests judge."""
 
 
+REDEPLOY = """
+import json, sys
+from dsmoe_ray.ray_environment import prepare_to_join
+prepare_to_join(sys.argv[1])
+import ray
+from ray import serve
+from dsmoe_ray.serving.app import build_app
+ray.init(address=sys.argv[1], log_to_driver=False)
+serve.run(build_app(json.loads(sys.argv[2])), name="dsmoe", route_prefix="/")
+"""
+
+
 class RayServer:
     """A server, and all its processes."""
 
-    def __init__(self, artifact, directory, *arguments, expert_hosts=2):
-        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        environment["OMP_NUM_THREADS"] = "1"
-        command = [sys.executable, "-m", "dsmoe_ray", "serve", str(artifact), "--port", "0"]
-        command += ["--expert-hosts", str(expert_hosts), *arguments]
-        self.log = directory / "serve.log"
+    def __init__(self, directory, values):
+        """Start it; ``values`` are the sections of its config."""
+        self.values = values
+        self.environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.environment["OMP_NUM_THREADS"] = "1"
+        config, self.log = directory / "serve.yaml", directory / "serve.log"
+        config.write_text(yaml.safe_dump(values))
+        command = [sys.executable, "-m", "dsmoe_ray", "serve", str(config), "--port", "0"]
         with self.log.open("w") as stream:
             # A session of its own: a signal for the command alone reaches no process of Ray.
             self.process = subprocess.Popen(
-                command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command, stdout=stream, stderr=subprocess.STDOUT, env=self.environment, start_new_session=True
             )
-        self.environment = environment
         try:
             text = self._wait_for(r"Serving .* at (http\S+)/v1")
             self.url = text.group(1)
@@ -40,6 +54,12 @@ class RayServer:
         except BaseException:
             self.kill()
             raise
+
+    def redeploy(self, **sections):
+        """Deploy the application again with other sections; returns when it runs."""
+        self.values = self.values | sections
+        command = [sys.executable, "-c", REDEPLOY, self.ray_address, json.dumps(self.values)]
+        subprocess.run(command, check=True, timeout=2 * DEADLINE_S, env=self.environment)
 
     def pids(self, deployment):
         """Return the processes of a deployment's replicas."""

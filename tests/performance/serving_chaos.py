@@ -12,7 +12,6 @@ import json
 import os
 import queue
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -41,21 +40,12 @@ AFTERMATH_S = 10.0
 """A pause that ends within this time of a disturbance is put down to it."""
 STOP_S = 4.0
 
-REDEPLOY = """
-import sys, json, ray
-from ray import serve
-from dsmoe_ray.serving.app import build_app
-ray.init(address=sys.argv[1], log_to_driver=False)
-serve.run(build_app(json.loads(sys.argv[2])), name="dsmoe", route_prefix="/")
-"""
-
 
 @dataclass
 class Chaos:
     """Disturbs one server after another way, and remembers when."""
 
     server: RayServer
-    artifact: Path
     options: argparse.Namespace
     times: list = field(default_factory=list)
     """(kind, begin, end)."""
@@ -85,33 +75,17 @@ class Chaos:
 
     def _rolling_update(self):
         self.num_deployments += 1
-        self._deploy(self.options.hosts)
+        self.server.redeploy(http={"drain_s": 30.0 + self.num_deployments})
 
     def _scale_down(self):
-        self._deploy(self.options.hosts - 1)
-        self.server.wait_for_replicas("ExpertHost", self.options.hosts - 1)
-        self._deploy(self.options.hosts)
-        self.server.wait_for_replicas("ExpertHost", self.options.hosts)
+        for count in (self.options.hosts - 1, self.options.hosts):
+            self.server.redeploy(hosts=self.server.values["hosts"] | {"count": count})
+            self.server.wait_for_replicas("ExpertHost", count)
 
     def _kill(self, deployment, count):
         victim = self.server.pids(deployment)[0]
         os.kill(victim, signal.SIGKILL)
         self.server.wait_for_replicas(deployment, count, without=[victim])
-
-    def _deploy(self, num_hosts):
-        args = make_args(self.artifact, num_hosts, self.options.routers, version=self.num_deployments)
-        command = [sys.executable, "-c", REDEPLOY, self.server.ray_address, json.dumps(args)]
-        subprocess.run(command, check=True, timeout=300, env=self.server.environment)
-
-
-def make_args(artifact, num_hosts, num_routers, *, version):
-    """Return the sections of a config; each version has other values."""
-    return {
-        "artifact": str(artifact),
-        "http": {"drain_s": 30.0 + version},
-        "hosts": {"count": num_hosts, "num_cpus": 0.25},
-        "routers": {"count": num_routers, "num_threads": 1, "num_cpus": 0.25},
-    }
 
 
 def run_streams(url, expected, num_streams, concurrency, stop):
@@ -182,13 +156,15 @@ def main():
         artifact = write_tiny_artifact(directory / "tiny", max_seq_len=1024)
         with run_gateway(artifact) as local:
             expected = [stream_completion(local.url, body).text for body in BODIES]
-        sets = ["hosts.num_cpus=0.25", "routers.num_cpus=0.25", "routers.num_threads=1"]
-        sets.append(f"routers.count={options.routers}")
-        arguments = [word for text in sets for word in ("--set", text)]
-        server = RayServer(artifact, directory, *arguments, expert_hosts=options.hosts)
+        values = {
+            "artifact": str(artifact),
+            "hosts": {"count": options.hosts, "num_cpus": 0.25},
+            "routers": {"count": options.routers, "num_threads": 1, "num_cpus": 0.25},
+        }
+        server = RayServer(directory, values)
         try:
             server.wait_until_ready()
-            report = run_chaos(server, artifact, expected, options)
+            report = run_chaos(server, expected, options)
             report["exit_code"] = server.stop()
         finally:
             server.kill()
@@ -196,9 +172,9 @@ def main():
     sys.exit(bool(report["failed"] or report["different"]))
 
 
-def run_chaos(server, artifact, expected, options):
+def run_chaos(server, expected, options):
     """Stream and disturb at the same time; return the report."""
-    chaos, stop, results = Chaos(server, artifact, options), threading.Event(), []
+    chaos, stop, results = Chaos(server, options), threading.Event(), []
     streaming = threading.Thread(
         target=lambda: results.extend(run_streams(server.url, expected, options.streams, options.concurrency, stop))
     )

@@ -17,6 +17,7 @@ from ray.serve.schema import LoggingConfig
 from dsmoe_ray.errors import ConfigError
 from dsmoe_ray.ray_environment import check_answers
 from dsmoe_ray.serving.config import ServingConfig
+from dsmoe_ray.serving.on_ray.ingress import keep_statistics_local
 from dsmoe_ray.serving.on_ray.names import APPLICATION
 
 _OBJECT_STORE_BYTES = 128 << 20
@@ -53,6 +54,7 @@ def ray_application(
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
+            keep_statistics_local()
             context = ray.init(
                 address="local",
                 num_cpus=_count_cpus(config),

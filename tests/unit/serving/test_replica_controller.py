@@ -6,6 +6,8 @@ from dsmoe_ray.serving.replica_controller import FIRST_WAIT_S, STALLED_AFTER_S
 from tests.fakes.fake_fleet import EXPERT_BYTES, INTERVAL_S, FakeRouter, make_fleet
 
 HOT = LogicalExpert(1, 2)
+LONG_TURNS = 40
+"""Enough for all to be taken for dead together."""
 
 
 @pytest.fixture
@@ -315,9 +317,23 @@ def test_a_gateway_hears_of_living_routers_and_what_is_missing(fleet):
     fleet.turn(3)
     assert [router.router_id for router in fleet.sync_gateway().routers] == ["router"]
     fleet.routers["router"].is_silent = True
-    fleet.turn(10)
+    fleet.turn(LONG_TURNS)
     assert "no router" in fleet.sync_gateway().unready_reason
     for host in fleet.hosts.values():
         host.is_silent = True
-    fleet.turn(10)
+    fleet.turn(LONG_TURNS)
     assert "no expert host" in fleet.sync_gateway().unready_reason
+
+
+def test_where_nobody_reports_any_more_the_last_plan_stays(fleet):
+    plan = fleet.controller.plan
+    for process in (*fleet.hosts.values(), *fleet.routers.values()):
+        process.is_silent = True
+    fleet.turn(16)
+    assert fleet.sync_gateway().routers and "host_lost" not in fleet.kinds()
+    fleet.turn(LONG_TURNS)
+    assert fleet.controller.plan is plan and fleet.kinds().count("host_lost") == 2
+    for process in (*fleet.hosts.values(), *fleet.routers.values()):
+        process.is_silent = False
+    fleet.settle()
+    assert fleet.controller.plan.replicas == plan.replicas
