@@ -10,6 +10,9 @@ from itertools import chain
 
 import numpy as np
 
+# With fewer, single experts are too large a part of a host's load of one layer.
+_EXPERTS_OF_A_LAYER_PER_HOST = 4
+
 
 class Packing:
     """Which host holds which experts at the moment, and what that makes of loads and memory."""
@@ -75,7 +78,8 @@ class Packing:
     @property
     def is_layered(self) -> bool:
         """Return whether layers have enough experts to be shared out evenly one by one."""
-        return 1 < self.num_layers and self.num_layers * self.num_hosts <= len(self.loads_E)
+        num_cells = self.num_layers * self.num_hosts
+        return 1 < self.num_layers and _EXPERTS_OF_A_LAYER_PER_HOST * num_cells <= len(self.loads_E)
 
     def share_out(self, counts_E: np.ndarray) -> None:
         """Give every replica an equal share of its expert's load, as if there were ``counts_E`` of them."""
