@@ -71,11 +71,13 @@ def _list_comparisons() -> Iterator[Comparison]:
         module="scaling_costs",
         function="measure_added_replica",
     )
-    yield Comparison(
-        name="planner",
-        what="planning 10,000 experts onto 1,000 hosts from nothing",
-        unit="s",
-        bar=Bar("at_most", 1.0),
-        module="scaling_costs",
-        function="measure_planner",
-    )
+    for start in ("nothing", "drift", "shuffle"):
+        yield Comparison(
+            name=f"planner_{start}",
+            what=f"planning 10,000 experts onto 1,000 hosts, from {start}",
+            unit="s",
+            bar=Bar("at_most", 1.0),
+            module="scaling_costs",
+            function="measure_planner",
+            options=(("start", start),),
+        )

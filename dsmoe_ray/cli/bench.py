@@ -14,7 +14,7 @@ from dsmoe_ray.bench.comparisons import measure_all
 from dsmoe_ray.bench.peer_process import parse_peer
 from dsmoe_ray.bench.settings import Settings
 from dsmoe_ray.errors import ConfigError
-from dsmoe_ray.ray_environment import prepare_local_ray
+from dsmoe_ray.ray_environment import prepare_local_ray, prepare_local_serving
 
 
 class Subject(StrEnum):
@@ -63,7 +63,7 @@ def command(
         peers=dict(parse_peer(spec) for spec in peer or ()),
     )
     comparisons = _BENCHES[subject].choose_comparisons(only or (), settings)
-    prepare_local_ray()
+    (prepare_local_serving if subject is Subject.SERVE else prepare_local_ray)()
     import torch
 
     from dsmoe_ray.bench.machine import describe_machine
