@@ -59,7 +59,7 @@ class RayServer:
         """Deploy the application again with other sections; returns when it runs."""
         self.values = self.values | sections
         command = [sys.executable, "-c", REDEPLOY, self.ray_address, json.dumps(self.values)]
-        subprocess.run(command, check=True, timeout=2 * DEADLINE_S, env=self.environment)
+        subprocess.run(command, check=True, timeout=2 * DEADLINE_S, env=self.environment, stdout=subprocess.DEVNULL)
 
     def pids(self, deployment):
         """Return the processes of a deployment's replicas."""
