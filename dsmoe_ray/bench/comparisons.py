@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,23 @@ def choose_by_name(names: Sequence[str], offered: Sequence[Comparison]) -> list[
             known = ", ".join(comparison.name for comparison in offered)
             raise ConfigError(f"--only {name}: there is no such comparison. There are: {known}.")
     return [comparison for comparison in offered if comparison.name.startswith(tuple(names))]
+
+
+def choose_on_cpu(
+    subject: str, names: Sequence[str], settings: Settings, *, offered: Iterable[Comparison], peers: Iterable[str]
+) -> list[Comparison]:
+    """Return what was asked for of a bench that runs on a CPU only; by default everything.
+
+    Raises:
+        ConfigError: a name fits none, a peer is unknown, or the device is no CPU.
+    """
+    if settings.device != "cpu":
+        raise ConfigError(f"--device {settings.device}: {subject} is measured on a CPU only. Leave --device out.")
+    known = list(peers)
+    if unknown := sorted(set(settings.peers) - set(known)):
+        raise ConfigError(f"--peer {unknown[0]}: there is no such peer. There are: {', '.join(known)}.")
+    comparisons = list(offered)
+    return choose_by_name(names, comparisons) if names else comparisons
 
 
 def measure_all(comparisons: Sequence[Comparison], settings: Settings) -> Iterator[Row]:

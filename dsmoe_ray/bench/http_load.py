@@ -142,12 +142,13 @@ def serve_command(artifact: object, *options: str) -> list[str]:
 
 async def _wait_until_ready(url: str, process: subprocess.Popen[bytes], complaints: IO[bytes], name: str) -> None:
     deadline_s = monotonic_s() + _START_TIMEOUT_S
+    last: object = "it never answered"
     async with aiohttp.ClientSession() as session:
         while monotonic_s() < deadline_s:
             if process.poll() is not None:
                 complaints.seek(0)
-                last = complaints.read().decode(errors="replace").strip().splitlines()[-3:]
-                raise BenchError(f"{name} ended with code {process.returncode}: {' / '.join(last)}")
+                lines = complaints.read().decode(errors="replace").strip().splitlines()[-3:]
+                raise BenchError(f"{name} ended with code {process.returncode}: {' / '.join(lines)}")
             try:
                 # A server without /ready, such as vLLM's, is ready when it is healthy.
                 for path in ("/ready", "/health"):
@@ -155,8 +156,10 @@ async def _wait_until_ready(url: str, process: subprocess.Popen[bytes], complain
                         if answer.status == 200:
                             return
                         if answer.status != 404:
+                            last = f"it answers {path} with {answer.status}"
                             break
-            except aiohttp.ClientError:
-                pass
+            except aiohttp.ClientError as error:
+                # Nobody listens yet; tried again until the time is over.
+                last = error
             await asyncio.sleep(_POLL_S)
-    raise BenchError(f"{name} was not ready within {_START_TIMEOUT_S:g} s")
+    raise BenchError(f"{name} was not ready within {_START_TIMEOUT_S:g} s: {last}")

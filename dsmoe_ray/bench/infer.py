@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from dsmoe_ray.bench.comparisons import Comparison, choose_by_name
+from dsmoe_ray.bench.comparisons import Comparison, choose_on_cpu
 from dsmoe_ray.bench.measure import Bar
 from dsmoe_ray.bench.settings import Settings
-from dsmoe_ray.errors import ConfigError
 
 _LARGE = "granite_191m"
 _DTYPES = ("float32", "bfloat16")
@@ -25,12 +24,7 @@ def choose_comparisons(names: Sequence[str], settings: Settings) -> list[Compari
     Raises:
         ConfigError: a name fits none, a peer is unknown, or the device is no CPU.
     """
-    if settings.device != "cpu":
-        raise ConfigError(f"--device {settings.device}: infer is measured on a CPU only. Leave --device out.")
-    if unknown := sorted(set(settings.peers) - set(_PEER_BARS)):
-        raise ConfigError(f"--peer {unknown[0]}: there is no such peer. There are: {', '.join(_PEER_BARS)}.")
-    offered = list(_list_comparisons())
-    return choose_by_name(names, offered) if names else offered
+    return choose_on_cpu("infer", names, settings, offered=_list_comparisons(), peers=_PEER_BARS)
 
 
 def _list_comparisons() -> Iterator[Comparison]:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from dsmoe_ray.bench.comparisons import Comparison, choose_by_name
+from dsmoe_ray.bench.comparisons import Comparison, choose_on_cpu
 from dsmoe_ray.bench.measure import Bar
 from dsmoe_ray.bench.settings import Settings
-from dsmoe_ray.errors import ConfigError
 
 _TRANSPORTS = ("unix", "grpc")
 _PEERS = ("vllm_server",)
@@ -17,12 +16,7 @@ def choose_comparisons(names: Sequence[str], settings: Settings) -> list[Compari
     Raises:
         ConfigError: a name fits none, a peer is unknown, or the device is no CPU.
     """
-    if settings.device != "cpu":
-        raise ConfigError(f"--device {settings.device}: serve is measured on a CPU only. Leave --device out.")
-    if unknown := sorted(set(settings.peers) - set(_PEERS)):
-        raise ConfigError(f"--peer {unknown[0]}: there is no such peer. There are: {', '.join(_PEERS)}.")
-    offered = list(_list_comparisons())
-    return choose_by_name(names, offered) if names else offered
+    return choose_on_cpu("serve", names, settings, offered=_list_comparisons(), peers=_PEERS)
 
 
 def _list_comparisons() -> Iterator[Comparison]:
